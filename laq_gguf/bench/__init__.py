@@ -1,0 +1,1 @@
+"""Benchmarks: quality (answers, fidelity to the full cache) and speed (against plain llama.cpp)."""

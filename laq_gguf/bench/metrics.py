@@ -1,0 +1,70 @@
+"""METRICS: how an answer is scored, and how near a cache stays to the full one.
+
+The answer metrics are those of RULER (arXiv 2404.06654): case-insensitive containment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def share_found(text: str, outputs: Sequence[str]) -> float:
+    """Share of `outputs` that occur in `text`, in [0, 1]."""
+    _require_outputs(outputs)
+    text = text.lower()
+    return sum(output.lower() in text for output in outputs) / len(outputs)
+
+
+def any_found(text: str, outputs: Sequence[str]) -> float:
+    """1.0 if one of `outputs` occurs in `text`, else 0.0."""
+    _require_outputs(outputs)
+    text = text.lower()
+    return float(any(output.lower() in text for output in outputs))
+
+
+def _require_outputs(outputs: Sequence[str]) -> None:
+    if not outputs:
+        raise ValueError("an example without expected outputs cannot be scored")
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "share_found": share_found,
+    "any_found": any_found,
+}
+
+
+def log_softmax(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64. logits: (..., n_vocab)."""
+    x = np.asarray(logits, dtype=np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def kl_divergence(logits_full: npt.ArrayLike, logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """KL(full || other) of next-token distributions, nats. Both (n, n_vocab); returns (n,)."""
+    log_p, log_q = _pair(logits_full, logits)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        terms = np.where(p > 0, p * (log_p - log_q), 0.0)
+    return np.maximum(terms.sum(axis=-1), 0.0)
+
+
+def top1_agreement(logits_full: npt.ArrayLike, logits: npt.ArrayLike) -> float:
+    """Share of rows whose most likely token is the same. Both (n, n_vocab)."""
+    log_p, log_q = _pair(logits_full, logits)
+    return float(np.mean(log_p.argmax(axis=-1) == log_q.argmax(axis=-1)))
+
+
+def _pair(
+    logits_full: npt.ArrayLike, logits: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    log_p, log_q = log_softmax(logits_full), log_softmax(logits)
+    if log_p.shape != log_q.shape or log_p.ndim != 2 or not len(log_p):
+        raise ValueError(
+            f"logits of the same non-empty shape (n, n_vocab) are compared, "
+            f"got {log_p.shape} and {log_q.shape}"
+        )
+    return log_p, log_q

@@ -1,0 +1,339 @@
+"""Speed: laq_gguf against the plain library, alternating within one run.
+
+Each configuration is a worker process that keeps its model loaded; one worker works at a time, and
+the rounds go through all of them, so that all see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laq_gguf.bench import decoder
+from laq_gguf.bench.provenance import provenance, usable_cores, write_json
+from laq_gguf.bench.report import speed_table
+
+# steps not counted: after a prompt (beyond the lookahead and the eviction), and in each round
+N_WARM_UP = 4
+
+OURS, LONG_ON, LONG_OFF = "ours", "stock, FA on", "stock, FA off"
+SHORT_ON, SHORT_OFF = "stock, short, FA on", "stock, short, FA off"
+
+
+class WorkerError(RuntimeError):
+    """A worker could not do what it was told."""
+
+
+class Worker:
+    """A process that keeps one model loaded (decoder.py run as a script)."""
+
+    def __init__(self, lib: Path | None) -> None:
+        """Start it. lib: folder of the libraries that llama_cpp loads; None: laq_gguf's own."""
+        env = dict(os.environ)
+        env.pop("LLAMA_CPP_LIB_PATH", None)
+        if lib is not None:
+            env["LLAMA_CPP_LIB_PATH"] = str(lib)
+        self._process = subprocess.Popen(
+            [sys.executable, decoder.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=env,
+        )
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        """Send a command, wait for its answer.
+
+        Raises:
+            WorkerError: with the worker's own words, or its exit status if it died.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(f"{command}: the worker has exited") from None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            raise WorkerError(f"{command}: the worker exited with status {status}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{command}: {answer['error']}")
+        return answer["ok"]
+
+    def close(self) -> None:
+        """Let it end by itself: it does when its stdin ends."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@dataclass
+class Configuration:
+    """A library with its settings, the prompt it reads, and what was measured of it."""
+
+    name: str
+    library: str
+    flash_attn: bool
+    tokens: list[int] = field(default_factory=list)
+    system: dict[str, Any] = field(default_factory=dict)
+    ms_first_token: list[float] = field(default_factory=list)
+    ms_settle: list[list[float]] = field(default_factory=list)
+    ms_steps: list[list[float]] = field(default_factory=list)
+    evictions: list[dict[str, float]] = field(default_factory=list)
+    stats: dict[str, Any] | None = None
+
+    def ms_per_step(self) -> list[float]:
+        """Mean step of every round after its warm-up, ms."""
+        return [statistics.fmean(steps[N_WARM_UP:]) for steps in self.ms_steps]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything measured, and the few numbers that a table shows."""
+        return {
+            "name": self.name,
+            "library": self.library,
+            "flash_attn": self.flash_attn,
+            "n_prompt": len(self.tokens),
+            "system": self.system,
+            "decode_tokens_per_s": [1e3 / ms for ms in self.ms_per_step()],
+            "first_token_s": [ms / 1e3 for ms in self.ms_first_token],
+            "kv_bytes": self.stats["kv_bytes"] if self.stats else None,
+            "ms_settle": self.ms_settle,
+            "ms_steps": self.ms_steps,
+            "evictions": self.evictions,
+            "stats": self.stats,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench.py speed`."""
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--plain-lib", type=Path, default=Path("build/plain/bin"),
+                        help="folder of the unpatched libraries")  # fmt: skip
+    parser.add_argument(
+        "--text", type=Path, help="prompt text; default: the docs of build/pristine"
+    )
+    parser.add_argument("--n-ctx-tokens", type=int, default=7500, help="tokens of the long prompt")
+    parser.add_argument("--n-short-tokens", type=int, default=512, help="of the short prompt")
+    parser.add_argument("--budget", type=int, default=512, help="kv_budget")
+    parser.add_argument("--policy", default="laq++", help="kv_policy")
+    parser.add_argument("--lookahead", choices=("deferred", "pseudo"), default="deferred")
+    parser.add_argument("--lookahead-size", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--out", type=Path, help="result file, JSON")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write `args.out`, print the tables; return the document.
+
+    Raises:
+        ValueError: options or files that cannot be used.
+        WorkerError: a configuration that does not run.
+    """
+    if args.repeat < 1 or args.n_decode < 1:
+        raise ValueError("--repeat and --n-decode are at least 1")
+    if not args.model.is_file():
+        raise ValueError(f"no model at {args.model}")
+    if not args.plain_lib.is_dir():
+        raise ValueError(f"no unpatched libraries at {args.plain_lib}: pass --plain-lib DIR")
+    text = read_text(args.text)
+    document = provenance(
+        "speed", args.model, {k: v for k, v in vars(args).items() if isinstance(v, str | int)}
+    )
+    # a busy machine spoils the comparison: the load stands in the result
+    document["load"] = [_load()]
+    document["text"] = args.text.name if args.text else "build/pristine **/*.md"
+    configurations = [
+        Configuration(OURS, "laq_gguf", True),
+        Configuration(LONG_ON, "llama_cpp", True),
+        Configuration(LONG_OFF, "llama_cpp", False),
+        Configuration(SHORT_ON, "llama_cpp", True),
+        Configuration(SHORT_OFF, "llama_cpp", False),
+    ]
+    workers: dict[str, Worker] = {}
+    try:
+        for c in configurations:
+            lib = args.plain_lib.resolve() if c.library == "llama_cpp" else None
+            workers[c.name] = Worker(lib)
+            _open(args, c, workers[c.name], text)
+        _measure(args, {c.name: c for c in configurations}, workers)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    document["load"].append(_load())
+    document["configurations"] = [c.to_json() for c in configurations]
+    document["bars"] = bars({c.name: c for c in configurations})
+    if args.out:
+        write_json(args.out, document)
+    print(speed_table(document))
+    return document
+
+
+def _open(args: argparse.Namespace, c: Configuration, worker: Worker, text: str) -> None:
+    short = c.name in (SHORT_ON, SHORT_OFF)
+    n_prompt = args.n_short_tokens if short else args.n_ctx_tokens
+    n_ctx = n_prompt + _n_settle(args) + N_WARM_UP + args.n_decode + args.lookahead_size
+    options = {
+        "n_ctx": -(-n_ctx // 256) * 256,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "flash_attn": c.flash_attn,
+    }
+    if c.name == OURS:
+        options.update(
+            kv_budget=args.budget,
+            kv_policy=args.policy,
+            lookahead=args.lookahead,
+            lookahead_size=args.lookahead_size,
+        )
+    model = str(args.model.resolve())
+    c.system = worker("open", library=c.library, model=model, options=options)
+    if c.system["patched"] != (c.name == OURS):
+        raise ValueError(f"{c.name}: loaded a {_kind(c.system)} library; check --plain-lib")
+    c.tokens = worker("tokenize", text=text, n=n_prompt)
+
+
+def _kind(system: dict[str, Any]) -> str:
+    return "patched" if system["patched"] else "plain"
+
+
+def _n_settle(args: argparse.Namespace) -> int:
+    """Steps not counted: the lookahead, the step that evicts, and the warm-up."""
+    return args.lookahead_size + 1 + N_WARM_UP
+
+
+def _measure(
+    args: argparse.Namespace,
+    configurations: dict[str, Configuration],
+    workers: dict[str, Worker],
+) -> None:
+    n_settle = _n_settle(args)
+    for name, c in configurations.items():
+        _progress(f"warm up {name}")
+        workers[name]("prefill", tokens=c.tokens[: args.n_short_tokens], n_settle=n_settle)
+    # these are read once: only their decoding is repeated
+    for name in (LONG_OFF, SHORT_OFF, SHORT_ON):
+        _prefill(configurations[name], workers[name], n_settle)
+    for i in range(args.repeat):
+        # the order within the pair changes, so that a drift of the machine favours neither
+        for name in (OURS, LONG_ON) if i % 2 == 0 else (LONG_ON, OURS):
+            _progress(f"round {i + 1}/{args.repeat}: first token, {name}")
+            _prefill(configurations[name], workers[name], n_settle)
+        names = list(configurations)
+        for name in names if i % 2 == 0 else reversed(names):
+            _progress(f"round {i + 1}/{args.repeat}: decode, {name}")
+            c = configurations[name]
+            n_past, n = len(c.tokens) + n_settle, N_WARM_UP + args.n_decode
+            answer = workers[name]("decode", n_past=n_past, n=n)
+            c.ms_steps.append(answer["ms_steps"])
+            c.stats = answer["stats"]
+
+
+def _prefill(c: Configuration, worker: Worker, n_settle: int) -> None:
+    answer = worker("prefill", tokens=c.tokens, n_settle=n_settle)
+    c.ms_first_token.append(answer["ms_first_token"])
+    c.ms_settle.append(answer["ms_settle"])
+    before, after = answer["stats_before"], answer["stats"]
+    if after is None:
+        return
+    if after["n_evictions"] == 0:
+        raise WorkerError(f"{c.name}: nothing was evicted: lower --budget")
+    c.evictions.append(eviction(before, after, answer["ms_settle"]))
+
+
+def eviction(
+    before: dict[str, Any], after: dict[str, Any], ms_settle: list[float]
+) -> dict[str, float]:
+    """What the eviction of one prompt took, ms.
+
+    reported: what the library counted, without decoding ahead. wall: the slowest step after the
+    prompt less an ordinary one, which sees all that the counters may miss; only if the eviction
+    came after the first token.
+    """
+    times = {k: after[k] - before[k] for k in after if k.startswith("ms_")}
+    reported = sum(ms for k, ms in times.items() if k != "ms_lookahead")
+    result = {**times, "reported": reported}
+    if after["n_evictions"] > before["n_evictions"]:
+        result["wall"] = max(ms_settle) - statistics.median(ms_settle[-N_WARM_UP:])
+    return result
+
+
+def bars(configurations: dict[str, Configuration]) -> list[dict[str, Any]]:
+    """What is claimed, the values of every round, and whether their median keeps it."""
+    c = configurations
+    ms = {name: c[name].ms_per_step() for name in c}
+    short = [min(pair) for pair in zip(ms[SHORT_ON], ms[SHORT_OFF], strict=True)]
+    full = [min(pair) for pair in zip(ms[LONG_ON], ms[LONG_OFF], strict=True)]
+    evicting = [max(e["reported"], e.get("wall", 0.0)) for e in c[OURS].evictions]
+    return [
+        _bar(
+            "decode speed / stock's on the short prompt (faster of FA on, off)",
+            _ratios(short, ms[OURS]), ">= 0.9", lambda x: x >= 0.9,
+        ),
+        _bar(
+            "decode speed / stock's on the long prompt (faster of FA on, off)",
+            _ratios(full, ms[OURS]), ">= 2", lambda x: x >= 2,
+        ),
+        _bar(
+            "time to first token / stock's (FA on)",
+            _ratios(c[OURS].ms_first_token, c[LONG_ON].ms_first_token),
+            "<= 1.02", lambda x: x <= 1.02,
+        ),
+        _bar(
+            "eviction, in decode steps of the full cache (faster of FA on, off)",
+            _ratios(evicting, full), "< 4", lambda x: x < 4,
+        ),
+    ]  # fmt: skip
+
+
+def _bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, Any]:
+    median = statistics.median(values)
+    return {
+        "name": name,
+        "values": values,
+        "median": median,
+        "wanted": wanted,
+        "passed": bool(passes(median)),
+    }
+
+
+def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def read_text(path: Path | None) -> str:
+    """The prompt text: a file, or the markdown files of the pristine llama.cpp tree, sorted.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"no text at {path}")
+        return path.read_text(encoding="utf-8")
+    root = Path("build/pristine")
+    files = sorted(root.rglob("*.md"))
+    if not files:
+        raise ValueError("no docs in build/pristine: pass --text FILE")
+    return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def _load() -> float | None:
+    """Processes that ran or waited, mean over the last minute; None where it is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr)

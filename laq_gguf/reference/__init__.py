@@ -1,0 +1,40 @@
+"""The definition of correct, in numpy: what is kept, and why.
+
+Written to be read, not to be fast. The native code must agree with it: selections exactly, scores
+within the tolerances of tests/tolerances.py. A change in behaviour changes this package, its golden
+file and the native code together.
+
+The method is Lookahead Q-Cache (arXiv 2505.20334) with the differences that README.md names: one
+selection per KV head instead of one per query head, each local query masked at its own position,
+and sinks, a recent window and user spans that always stay.
+"""
+
+from .attention import POOLINGS, attention_scores, causal_mask, pool_scores
+from .cache import KVCache, Tokens
+from .select import (
+    POLICIES,
+    PolicyParams,
+    pinned_mask,
+    query_range,
+    random_scores,
+    rank_scores,
+    select,
+    select_head,
+)
+
+__all__ = [
+    "POLICIES",
+    "POOLINGS",
+    "KVCache",
+    "PolicyParams",
+    "Tokens",
+    "attention_scores",
+    "causal_mask",
+    "pinned_mask",
+    "pool_scores",
+    "query_range",
+    "random_scores",
+    "rank_scores",
+    "select",
+    "select_head",
+]

@@ -1,0 +1,202 @@
+"""Selection: which keys of a KV head stay.
+
+    keep = pinned cells + the best (budget - pinned) by pooled score; equal scores: the lower index
+
+Indices count the cells of one KV head, sorted by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .attention import POOLINGS, FloatArray, pool_scores
+
+POLICIES = ("full", "laq", "laq++", "snapkv", "streaming", "random")
+LOOKAHEADS = ("deferred", "pseudo")
+DRAFTS = ("full", "snapkv")
+_ATTENTION_POLICIES = ("laq", "laq++", "snapkv")
+_LOOKAHEAD_POLICIES = ("laq", "laq++")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PolicyParams:
+    """What decides a selection. The names and defaults are those of laq_gguf.Llama."""
+
+    budget: int
+    policy: str = "laq++"
+    lookahead: str = "deferred"
+    draft: str = "full"
+    lookahead_size: int = 8
+    window_size: int = 8
+    snapkv_window: int = 32
+    n_sink: int = 4
+    kernel_size: int = 7
+    pooling: str = "max"
+    seed: int = 0
+    pinned: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        choices = (
+            ("policy", POLICIES),
+            ("lookahead", LOOKAHEADS),
+            ("draft", DRAFTS),
+            ("pooling", POOLINGS),
+        )
+        for name, possible in choices:
+            if getattr(self, name) not in possible:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}, possible: {', '.join(possible)}"
+                )
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least 1, got {self.budget}")
+
+    @property
+    def window(self) -> int:
+        """Last prompt tokens that are kept whole."""
+        return self.snapkv_window if self.policy == "snapkv" else self.window_size
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.policy in _ATTENTION_POLICIES
+
+    @property
+    def needs_lookahead(self) -> bool:
+        return self.policy in _LOOKAHEAD_POLICIES
+
+
+def query_range(params: PolicyParams, n_prompt: int, n_tokens: int) -> Span:
+    """Positions [first, last) whose queries score the keys; empty for policies that use none.
+
+    When no lookahead token has been decoded yet, laq has the queries of laq++.
+
+    Args:
+        n_prompt: length of the prompt.
+        n_tokens: last position + 1, lookahead tokens included.
+    """
+    ahead = min(n_tokens, n_prompt + params.lookahead_size)
+    if params.policy == "laq" and ahead > n_prompt:
+        return n_prompt, ahead
+    if params.needs_lookahead:
+        return max(0, n_prompt - params.window_size), ahead
+    if params.policy == "snapkv":
+        return max(0, n_prompt - params.snapkv_window), n_prompt
+    return 0, 0
+
+
+def pinned_mask(
+    positions: npt.ArrayLike, *, n_sink: int, n_intact: int, spans: Sequence[Span] = ()
+) -> npt.NDArray[np.bool_]:
+    """Which cells no eviction may free: sinks, the suffix kept whole, and the spans of the user.
+
+    Args:
+        positions: (n_kv,) position of each cell.
+        n_sink: positions below it are kept.
+        n_intact: positions from it on are kept.
+        spans: [p0, p1) pairs of positions.
+    """
+    pos = np.asarray(positions)
+    pinned = (pos < n_sink) | (pos >= n_intact)
+    for p0, p1 in spans:
+        pinned |= (pos >= p0) & (pos < p1)
+    return pinned
+
+
+def random_scores(seed: int, ikv: int, head: int, positions: npt.ArrayLike) -> FloatArray:
+    """Scores in [0, 1) of the random policy: a hash (the finalizer of splitmix64), the same on
+    every machine.
+
+    Args:
+        seed, ikv, head: seed of the user, layer of the cache, KV head.
+        positions: (n_kv,) position of each cell.
+    """
+    word = (1 << 64) - 1
+    base = seed * 0x9E3779B97F4A7C15 + ikv * 0xBF58476D1CE4E5B9 + head * 0x94D049BB133111EB
+    x = np.uint64(base & word) + np.asarray(positions).astype(np.int64).astype(np.uint64)
+    z = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def rank_scores(
+    params: PolicyParams,
+    positions: npt.ArrayLike,
+    scores: npt.ArrayLike | None = None,
+    *,
+    ikv: int = 0,
+    head: int = 0,
+) -> FloatArray:
+    """What the cells of one KV head are ranked by: (n_kv,) float32.
+
+    Args:
+        positions: (n_kv,) position of each cell, ascending.
+        scores: (n_kv,) raw attention scores; needed by laq, laq++ and snapkv, which alone are
+            pooled.
+    Raises:
+        ValueError: an attention policy without scores.
+    """
+    if params.policy == "random":
+        return random_scores(params.seed, ikv, head, positions)
+    if not params.needs_queries:
+        return np.asarray(positions).astype(np.float32)
+    if scores is None:
+        raise ValueError(f"policy {params.policy!r} ranks by attention scores: give scores")
+    return pool_scores(scores, params.kernel_size, params.pooling)
+
+
+def select(
+    scores: npt.ArrayLike, budget: int, pinned: npt.ArrayLike | None = None
+) -> npt.NDArray[np.int64]:
+    """Indices of the kept cells, ascending: min(n_kv, budget) of them.
+
+    Pinned cells come first, then the best by score. This is the one place of the tie rule: among
+    equal scores, and among pinned cells if they alone exceed the budget, the lower index wins.
+
+    Args:
+        scores: (n_kv,) float32 as they are ranked, that is after pooling; no NaN.
+        budget: cells that may stay.
+        pinned: (n_kv,) bool, or None.
+    Raises:
+        ValueError: budget < 0, or NaN among the scores.
+    """
+    ranked = np.asarray(scores, dtype=np.float32)
+    n_kv = len(ranked)
+    if budget < 0:
+        raise ValueError(f"budget must not be negative, got {budget}")
+    if np.isnan(ranked).any():
+        raise ValueError("a score is NaN: NaN has no rank")
+    if n_kv <= budget:
+        return np.arange(n_kv)
+    first = np.zeros(n_kv, dtype=bool) if pinned is None else np.asarray(pinned, dtype=bool)
+    # lexsort: the last key is the most significant; the index makes every entry different
+    order = np.lexsort((np.arange(n_kv), np.where(first, np.float32(0), -ranked), ~first))
+    return np.sort(order[:budget])
+
+
+def select_head(
+    params: PolicyParams,
+    positions: npt.ArrayLike,
+    n_intact: int,
+    scores: npt.ArrayLike | None = None,
+    *,
+    ikv: int = 0,
+    head: int = 0,
+) -> npt.NDArray[np.int64]:
+    """The selection of one KV head under a policy: indices of the kept cells, ascending.
+
+    Args:
+        positions: (n_kv,) position of each cell, ascending.
+        n_intact: positions from here on are kept whole.
+        scores: (n_kv,) raw attention scores, for the policies that need them.
+    """
+    pos = np.asarray(positions)
+    if params.policy == "full":
+        return np.arange(len(pos))
+    pinned = pinned_mask(pos, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned)
+    return select(rank_scores(params, pos, scores, ikv=ikv, head=head), params.budget, pinned)

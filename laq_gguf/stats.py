@@ -1,0 +1,67 @@
+"""Counters of an attached KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KvStats:
+    """What the KV cache holds and what its evictions cost, read from the native side.
+
+    Attributes:
+        n_tokens: logical length: last position + 1.
+        n_resident: cells in use (per layer and KV head).
+        n_cells: cells allocated.
+        n_layer: layers of the KV cache.
+        n_head_kv: KV heads of a layer (the largest).
+        n_intact: first position from which every head holds every token; 0 = nothing evicted.
+        pending: an eviction waits for its lookahead queries.
+        kv_bytes: bytes of K and V, read back from the backend's buffers.
+        kv_bytes_full: bytes that a cache of n_ctx cells takes.
+        ring_bytes: bytes of the ring of captured queries.
+        n_evictions: evictions since the context was made.
+        n_resizes: times the cache was reallocated.
+        n_pseudo: pseudo tokens decoded and dropped.
+        score_kernel: "fused" or "composed": what made the last scores; None if nothing was scored.
+        ms_lookahead: milliseconds spent decoding pseudo tokens, over all evictions.
+        ms_score: the same for the scores.
+        ms_select: the same for choosing what stays.
+        ms_compact: the same for moving K and V.
+    """
+
+    n_tokens: int
+    n_resident: int
+    n_cells: int
+    n_layer: int
+    n_head_kv: int
+    n_intact: int
+    pending: bool
+    kv_bytes: int
+    kv_bytes_full: int
+    ring_bytes: int
+    n_evictions: int
+    n_resizes: int
+    n_pseudo: int
+    score_kernel: str | None
+    ms_lookahead: float
+    ms_score: float
+    ms_select: float
+    ms_compact: float
+
+    @classmethod
+    def from_native(cls, stats: Any, scored: bool) -> KvStats:
+        """Copy a `struct laq_stats`.
+
+        Args:
+            stats: the cffi struct.
+            scored: whether the policy ranks tokens by attention, so that a kernel ran.
+        """
+        names = cls.__dataclass_fields__.keys() - {"pending", "score_kernel"}
+        kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
+        return cls(
+            **{name: getattr(stats, name) for name in names},
+            pending=bool(stats.pending),
+            score_kernel=kernel,
+        )

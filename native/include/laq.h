@@ -1,0 +1,217 @@
+// laq.h : Lookahead Q-Cache (arXiv 2505.20334) for the KV cache of a llama.cpp context
+//
+// The cache of an attached context keeps at most n_kv_budget tokens per layer and KV head once a prompt has been
+// read. Everything is exported by libllama. C99, no includes besides the two below, readable by cffi: the text
+// between LAQ_CDEF_BEGIN and LAQ_CDEF_END is what the Python binding is generated from.
+//
+// Rules that hold for every function:
+//   - a laq_status is returned; on anything but LAQ_STATUS_OK laq_last_error() says what was asked, what is
+//     possible and which setting to change, and the context is as usable as before the call
+//   - no exception crosses this header
+//   - a laq_cache belongs to one llama_context and is as thread-safe as that context: not at all
+#ifndef LAQ_H
+#define LAQ_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define LAQ_API __declspec(dllexport)
+#else
+#    define LAQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// LAQ_CDEF_BEGIN
+
+#define LAQ_ABI_VERSION 1
+
+struct llama_context;
+struct laq_cache;
+
+enum laq_status {
+    LAQ_STATUS_OK               = 0,
+    LAQ_STATUS_INVALID_ARGUMENT = 1,  // a parameter is out of range
+    LAQ_STATUS_UNSUPPORTED      = 2,  // this kind of model or context cannot be evicted
+    LAQ_STATUS_NO_MEMORY        = 3,  // a buffer could not be allocated
+    LAQ_STATUS_COMPUTE_FAILED   = 4,  // a graph could not be computed, or was aborted
+    LAQ_STATUS_INTERNAL         = 5,
+};
+
+// what the scores of the cached keys are made from
+enum laq_policy {
+    LAQ_POLICY_FULL        = 0,  // never evict
+    LAQ_POLICY_LAQ         = 1,  // attention of the lookahead queries
+    LAQ_POLICY_LAQ_PP      = 2,  // attention of the lookahead queries and of the last n_window prompt queries
+    LAQ_POLICY_SNAPKV      = 3,  // attention of the last n_window_snapkv prompt queries (arXiv 2404.14469)
+    LAQ_POLICY_STREAMING   = 4,  // sinks and the most recent tokens (arXiv 2309.17453)
+    LAQ_POLICY_RANDOM      = 5,
+};
+
+// where the lookahead queries come from
+enum laq_lookahead {
+    LAQ_LOOKAHEAD_DEFERRED = 0,  // the first n_lookahead tokens that are really generated; evict when they are there
+    LAQ_LOOKAHEAD_PSEUDO   = 1,  // n_lookahead greedy tokens, decoded and dropped before the first one is sampled
+};
+
+// which cache the pseudo tokens are generated from
+enum laq_draft {
+    LAQ_DRAFT_FULL   = 0,  // all of it
+    LAQ_DRAFT_SNAPKV = 1,  // cut to the budget by SnapKV first, as in the paper; the full cache waits in host memory
+};
+
+enum laq_pooling {
+    LAQ_POOLING_NONE = 0,
+    LAQ_POOLING_MAX  = 1,
+    LAQ_POOLING_AVG  = 2,
+};
+
+enum laq_score_kernel {
+    LAQ_SCORE_KERNEL_AUTO     = 0,  // fused where the backend has it
+    LAQ_SCORE_KERNEL_FUSED    = 1,
+    LAQ_SCORE_KERNEL_COMPOSED = 2,  // mul_mat, soft_max_ext, sum_rows
+};
+
+struct laq_span {
+    int32_t p0;  // first position
+    int32_t p1;  // one past the last
+};
+
+struct laq_params {
+    uint32_t size;             // sizeof(struct laq_params) of the caller
+    int32_t  policy;           // enum laq_policy
+    int32_t  lookahead;        // enum laq_lookahead
+    int32_t  draft;            // enum laq_draft
+    int32_t  pooling;          // enum laq_pooling
+    int32_t  score_kernel;     // enum laq_score_kernel
+    uint32_t n_kv_budget;      // tokens per layer and KV head that stay when the prompt has been read
+    uint32_t n_lookahead;      // tokens decoded ahead
+    uint32_t n_window;         // last prompt tokens: kept whole, and their queries are used by LAQ_PP
+    uint32_t n_window_snapkv;  // the same for SNAPKV
+    uint32_t n_sink;           // first positions, always kept
+    uint32_t n_kernel;         // pooling width over neighbouring keys, odd
+    uint32_t seed;             // for RANDOM
+    uint32_t n_pinned;
+    const struct laq_span * pinned;  // [n_pinned] positions that are always kept
+};
+
+struct laq_stats {
+    uint32_t size;           // sizeof(struct laq_stats) of the caller
+    int32_t  n_tokens;       // logical length: last position + 1
+    uint32_t n_resident;     // cells in use
+    uint32_t n_cells;        // cells allocated
+    uint32_t n_layer;        // layers of the KV cache
+    uint32_t n_head_kv;      // KV heads of a layer (the largest)
+    int32_t  n_intact;       // first position from which every head holds every token; 0 = nothing evicted
+    int32_t  pending;        // 1 = an eviction waits for its lookahead queries
+    uint64_t kv_bytes;       // K and V, read back from the backend's buffers
+    uint64_t kv_bytes_full;  // what n_ctx cells take
+    uint64_t ring_bytes;     // the ring of captured queries, read back from the backend's buffers
+    uint32_t n_evictions;
+    uint32_t n_resizes;      // times the cache was reallocated
+    uint32_t n_pseudo;       // pseudo tokens decoded and dropped
+    int32_t  score_fused;    // 1 = the last scores came from the fused kernel
+    double   ms_lookahead;   // sums over all evictions, milliseconds
+    double   ms_score;
+    double   ms_select;
+    double   ms_compact;
+};
+
+uint32_t     laq_abi_version(void);
+const char * laq_build_info(void);  // "key=value" pairs separated by blanks: version, llama.cpp commit, backends
+const char * laq_status_str(enum laq_status status);
+const char * laq_last_error(void);  // of this thread; valid until its next call
+
+struct laq_params laq_default_params(void);
+
+// Attach to a context. Anything but a plain KV cache of one sequence (RoPE, no sliding window, no ALiBi) is refused
+// by name. The cells that the context allocated are given back until they are needed.
+enum laq_status laq_attach(struct llama_context * ctx, const struct laq_params * params, struct laq_cache ** out);
+
+// Must come before llama_free(ctx). The cache keeps its tokens; they can no longer be evicted.
+void laq_detach(struct laq_cache * laq);
+
+// Allocate cells for n_tokens more tokens now, in one step. llama_decode() does it by itself, batch by batch.
+enum laq_status laq_reserve(struct laq_cache * laq, uint32_t n_tokens);
+
+// Say that the prompt ends with the last token decoded and that its logits have been computed.
+// PSEUDO: decodes ahead, evicts, restores the logits. DEFERRED: llama_decode() evicts before the token that comes
+// after the first n_lookahead generated ones. Policies that need no lookahead evict at once.
+// Nothing happens while the cache holds no more than the budget.
+enum laq_status laq_prompt_end(struct laq_cache * laq);
+
+// Carry out an eviction that waits, with the lookahead queries there are. Nothing waits: OK.
+enum laq_status laq_flush(struct laq_cache * laq);
+
+enum laq_status laq_get_stats(const struct laq_cache * laq, struct laq_stats * stats);
+
+// The position of every resident token, sorted: dst [n_layer][n_head_kv][n_resident]; n = elements of dst.
+enum laq_status laq_kept_positions(const struct laq_cache * laq, int32_t * dst, uint64_t n);
+
+//
+// inspection and tests
+//
+
+struct laq_layer_info {
+    uint32_t size;
+    int32_t  il;         // layer of the model
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t n_embd_head_k;
+    uint32_t n_queries;  // captured queries that are valid now
+    float    kq_scale;
+    float    softcap;    // 0 = none
+};
+
+enum laq_status laq_get_layer_info(const struct laq_cache * laq, uint32_t ikv, struct laq_layer_info * info);
+
+// captured queries of a layer, oldest first: pos [n_queries], dst F32 [n_queries][n_head][n_embd_head_k]
+enum laq_status laq_get_queries(const struct laq_cache * laq, uint32_t ikv, int32_t * pos, float * dst, uint64_t n);
+
+// resident keys of a layer as F32, in the order of laq_kept_positions: dst [n_resident][n_head_kv][n_embd_head_k]
+enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n);
+
+// scores (before pooling) that the last eviction ranked: dst F32 [n_head_kv][n_kv]; *n_kv receives the length.
+// dst may be NULL to ask for n_kv.
+enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
+
+struct laq_score_args {
+    uint32_t size;
+    int32_t  type_k;        // enum ggml_type
+    uint32_t n_embd_head;   // d
+    uint32_t n_queries;
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t n_kv;
+    int32_t  score_kernel;  // enum laq_score_kernel
+    int32_t  n_threads;
+    float    scale;
+    float    softcap;
+    const float * q;        // [n_head][n_queries][d]
+    const void  * k;        // rows of type_k: [n_kv][n_head_kv][d]
+    const float * mask;     // [n_queries][n_kv] added to the scaled logits, or NULL
+    const float * sinks;    // [n_head], or NULL
+};
+
+// The score op alone, on the CPU backend: dst F32 [n_head_kv][n_kv], the mean over the heads of a group of the
+// attention that the queries pay to each key, summed over the queries.
+enum laq_status laq_score(const struct laq_score_args * args, float * dst);
+
+// The selection alone: indices of the kept keys, ascending, dst [min(n_kv, n_budget)]; *n_kept receives the count.
+// pinned [n_kv] (0 or 1) is kept first, then by pooled score; equal scores: the lower index wins.
+enum laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget,
+                           uint32_t n_kernel, int32_t pooling, uint32_t * dst, uint32_t * n_kept);
+
+// score of the RANDOM policy: the same on every machine, in [0, 1)
+float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos);
+
+// LAQ_CDEF_END
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // LAQ_H

@@ -1,0 +1,269 @@
+// laq.h: checks arguments, turns exceptions into a status and a text.
+
+#include "laq-api.h"
+
+#include "laq-lookahead.h"
+
+#include "ggml-backend.h"
+#include "llama-arch.h"
+#include "llama-impl.h"
+#include "llama-memory-recurrent.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <typeinfo>
+
+static thread_local std::string last_error;
+
+void laq_set_last_error(const std::string & what) {
+    last_error = what;
+}
+
+[[noreturn]] static void unsupported(const std::string & what) {
+    throw laq_error(LAQ_STATUS_UNSUPPORTED, what + "; unset kv_budget for this model");
+}
+
+// an older caller's struct is shorter, a newer one's longer: what both know is copied
+template <typename T> static void copy_sized(T & dst, const T & src, uint32_t size) {
+    memcpy(&dst, &src, std::min<size_t>(size, sizeof(T)));
+}
+
+//
+// what this is
+//
+
+uint32_t laq_abi_version(void) {
+    return LAQ_ABI_VERSION;
+}
+
+const char * laq_build_info(void) {
+    static const std::string info = [] {
+        std::string res = "version=" LAQ_VERSION " llama_cpp_python=" LAQ_UPSTREAM_VERSION " llama.cpp=" LAQ_UPSTREAM_COMMIT;
+        res += " backends=";
+        for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
+            res += (i ? "," : "") + std::string(ggml_backend_reg_name(ggml_backend_reg_get(i)));
+        }
+        return res;
+    }();
+    return info.c_str();
+}
+
+const char * laq_status_str(laq_status status) {
+    switch (status) {
+        case LAQ_STATUS_OK:               return "ok";
+        case LAQ_STATUS_INVALID_ARGUMENT: return "invalid argument";
+        case LAQ_STATUS_UNSUPPORTED:      return "unsupported";
+        case LAQ_STATUS_NO_MEMORY:        return "out of memory";
+        case LAQ_STATUS_COMPUTE_FAILED:   return "compute failed";
+        case LAQ_STATUS_INTERNAL:         return "internal error";
+    }
+    return "unknown status";
+}
+
+const char * laq_last_error(void) {
+    return last_error.c_str();
+}
+
+laq_params laq_default_params(void) {
+    laq_params p      = {};
+    p.size            = sizeof(p);
+    p.policy          = LAQ_POLICY_LAQ_PP;
+    p.lookahead       = LAQ_LOOKAHEAD_DEFERRED;
+    p.draft           = LAQ_DRAFT_FULL;
+    p.pooling         = LAQ_POOLING_MAX;
+    p.score_kernel    = LAQ_SCORE_KERNEL_AUTO;
+    p.n_lookahead     = 8;
+    p.n_window        = 8;
+    p.n_window_snapkv = 32;
+    p.n_sink          = 4;
+    p.n_kernel        = 7;
+    p.seed            = 0;
+    return p;
+}
+
+//
+// attaching
+//
+
+static void check_params(const laq_params & p, uint32_t n_ctx) {
+    laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
+    laq_check(p.lookahead == LAQ_LOOKAHEAD_DEFERRED || p.lookahead == LAQ_LOOKAHEAD_PSEUDO,
+          "lookahead is not one of enum laq_lookahead");
+    laq_check(p.draft == LAQ_DRAFT_FULL || p.draft == LAQ_DRAFT_SNAPKV, "draft is not one of enum laq_draft");
+    laq_check(p.pooling >= LAQ_POOLING_NONE && p.pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
+    laq_check(p.score_kernel >= LAQ_SCORE_KERNEL_AUTO && p.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
+          "score_kernel is not one of enum laq_score_kernel");
+    laq_check(p.n_kernel % 2 == 1, "kernel_size must be odd");
+    laq_check(p.n_lookahead >= 1 && p.n_lookahead <= 1024, "lookahead_size must be in [1, 1024]");
+    laq_check(p.n_window >= 1 && p.n_window <= 1024, "window_size must be in [1, 1024]");
+    laq_check(p.n_window_snapkv >= 1 && p.n_window_snapkv <= 1024, "snapkv_window must be in [1, 1024]");
+    laq_check(p.n_sink <= n_ctx, "n_sink is larger than n_ctx");
+    laq_check(p.n_pinned == 0 || p.pinned, "pinned is NULL but n_pinned is not 0");
+    for (uint32_t i = 0; i < p.n_pinned; ++i) {
+        laq_check(p.pinned[i].p0 >= 0 && p.pinned[i].p0 < p.pinned[i].p1, "pinned: a span needs 0 <= p0 < p1");
+    }
+    if (p.policy == LAQ_POLICY_FULL) {
+        return;
+    }
+    const uint32_t n_pinned = laq_policy_n_pinned(p);
+    if (p.n_kv_budget < n_pinned) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " + std::to_string(n_pinned) +
+                " tokens that are always kept (n_sink, pinned, window_size, lookahead_size): raise kv_budget or lower those");
+    }
+    if (p.n_kv_budget > n_ctx) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is above n_ctx = " + std::to_string(n_ctx) +
+                ": lower kv_budget or raise n_ctx");
+    }
+}
+
+static void check_context(const llama_context & ctx) {
+    const llama_model &   model   = ctx.get_model();
+    const llama_hparams & hparams = model.hparams;
+
+    const std::string name = std::string("the architecture '") + llm_arch_name(model.arch) + "' ";
+
+    llama_memory_t memory = ctx.get_memory();
+    if (!memory) {
+        unsupported(name + "has no KV cache (an encoder, for embeddings)");
+    }
+    if (llama_model_has_encoder(&model)) {
+        unsupported(name + "has an encoder: its cross-attention is not in the KV cache");
+    }
+    if (dynamic_cast<llama_memory_recurrent *>(memory)) {
+        unsupported(name + "is recurrent: its state has a fixed size and no KV cache to evict from");
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
+        unsupported(name + "uses ALiBi: its attention bias needs the true position of every cell");
+    }
+    if (typeid(*memory) != typeid(llama_kv_cache) || hparams.n_swa > 0) {
+        unsupported(name + "does not use a plain KV cache (sliding window, hybrid or sparse attention)");
+    }
+    if (hparams.is_mla()) {
+        unsupported(name + "uses MLA, whose latent cache is not supported yet");
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        unsupported(name + "uses M-RoPE, which is not supported yet");
+    }
+    if (model.arch == LLM_ARCH_GROK) {
+        unsupported(name + "scales its attention logits in a way that is not supported yet");
+    }
+    if (hparams.no_alloc) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "the model was loaded with no_alloc");
+    }
+    if (ctx.n_seq_max() != 1) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "n_seq_max = " + std::to_string(ctx.n_seq_max()) + ": eviction needs n_seq_max = 1");
+    }
+    if (!ctx.get_cparams().causal_attn || ctx.get_cparams().embeddings) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "a context for embeddings cannot be evicted: use embedding = false");
+    }
+}
+
+laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache ** out) {
+    return laq_guarded([&] {
+        laq_check(ctx && params && out, "ctx, params and out must not be NULL");
+        laq_check(params->size >= offsetof(laq_params, pinned) && params->size <= 4096, "params->size is not set");
+        *out = nullptr;
+
+        laq_params p = laq_default_params();
+        copy_sized(p, *params, params->size);
+        check_context(*ctx);
+        laq_check(!ctx->get_cparams().laq, "the context has been attached already");
+        laq_cache::check_layers(*ctx);
+        check_params(p, ctx->n_ctx());
+        *out = new laq_cache(ctx, p);
+    });
+}
+
+void laq_detach(laq_cache * laq) {
+    delete laq;
+}
+
+//
+// running
+//
+
+laq_status laq_reserve(laq_cache * laq, uint32_t n_tokens) {
+    return laq_guarded([&] {
+        laq_check(laq, "laq must not be NULL");
+        const uint64_t n = (uint64_t) laq->n_resident() + n_tokens;
+        if (n > laq->n_cells_max) {
+            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, std::to_string(n_tokens) + " more tokens do not fit: " + std::to_string(laq->n_resident()) +
+                    " of n_ctx = " + std::to_string(laq->n_cells_max) + " cells are in use; raise n_ctx");
+        }
+        const uint32_t n_cells = laq_pad_cells((uint32_t) n, laq->n_cells_max);
+        if (n_cells > laq->n_cells() || (laq->n_resident() == 0 && n_cells < laq->n_cells())) {
+            laq->run_update([&] { laq->rebuild(n_cells, {}, 0); });
+        }
+    });
+}
+
+laq_status laq_prompt_end(laq_cache * laq) {
+    return laq_guarded([&] {
+        laq_check(laq, "laq must not be NULL");
+        laq->pending.reset();
+        if (laq->params.policy == LAQ_POLICY_FULL || laq->n_resident() <= laq->params.n_kv_budget) {
+            return;
+        }
+        const int32_t n_prompt = laq->n_tokens();
+        if (!laq_policy_needs_lookahead(laq->params)) {
+            laq->run_update([&] { laq->evict(n_prompt, n_prompt); });
+        } else if (laq->params.lookahead == LAQ_LOOKAHEAD_PSEUDO) {
+            laq_evict_by_pseudo(*laq);
+        } else {
+            laq->pending = laq_pending{ n_prompt };
+        }
+    });
+}
+
+laq_status laq_flush(laq_cache * laq) {
+    return laq_guarded([&] {
+        laq_check(laq, "laq must not be NULL");
+        if (laq->pending) {
+            laq->run_update([&] { laq->evict_pending(); });
+        }
+    });
+}
+
+laq_status laq_get_stats(const laq_cache * laq, laq_stats * stats) {
+    return laq_guarded([&] {
+        laq_check(laq && stats, "laq and stats must not be NULL");
+        laq_check(stats->size >= sizeof(uint32_t), "stats->size is not set");
+
+        laq_stats s  = laq->stats;
+        s.size       = stats->size;
+        s.n_tokens   = laq->n_tokens();
+        s.n_resident = laq->n_resident();
+        s.n_cells    = laq->n_cells();
+        s.n_layer    = laq->layers.size();
+        s.n_head_kv  = laq->n_head_kv_max();
+        s.n_intact   = laq->origin.n_intact;
+        s.pending    = laq->pending.has_value();
+        s.kv_bytes   = laq->kv_bytes();
+        s.ring_bytes = laq->ring_bytes();
+        copy_sized(*stats, s, stats->size);
+    });
+}
+
+laq_status laq_kept_positions(const laq_cache * laq, int32_t * dst, uint64_t n) {
+    return laq_guarded([&] {
+        laq_check(laq && dst, "laq and dst must not be NULL");
+        const std::vector<uint32_t> order = laq->resident();
+
+        uint64_t n_all = 0;
+        for (const laq_layer & layer : laq->layers) {
+            laq_check(layer.n_head_kv == laq->layers[0].n_head_kv, "layers differ in their number of KV heads");
+            n_all += layer.n_head_kv * order.size();
+        }
+        laq_check(n == n_all, "dst needs n_layer*n_head_kv*n_resident elements");
+        for (uint32_t ikv = 0; ikv < laq->layers.size(); ++ikv) {
+            for (uint32_t h = 0; h < laq->layers[ikv].n_head_kv; ++h) {
+                for (const uint32_t cell : order) {
+                    *dst++ = laq->pos_at(ikv, h, cell);
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,226 @@
+// The two pieces of graph: query capture inside the model's graph, and the score graph of an eviction.
+
+#include "laq-graph.h"
+
+#include "laq-cache.h"
+#include "laq-score.h"
+
+#include "ggml-backend.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cmath>
+
+//
+// query capture
+//
+
+// Slots of the ring for the last queries of a ubatch: position modulo the size of the ring. They change from token to
+// token while the graph stays the same, so they are an input.
+class laq_graph_input : public llm_graph_input_i {
+  public:
+    laq_graph_input(laq_cache & laq, int64_t n) : laq(laq), n(n) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_ASSERT(ggml_backend_buffer_is_host(slots->buffer));
+        int64_t * data = (int64_t *) slots->data;
+
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t pos = ubatch->pos[ubatch->n_tokens - n + i];
+
+            data[i]               = pos % (int32_t) laq.n_ring;
+            laq.ring_pos[data[i]] = pos;
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return params.cparams.laq == &laq && std::min<int64_t>(params.ubatch.n_tokens, laq.n_ring) == n;
+    }
+
+    laq_cache &   laq;
+    ggml_tensor * slots = nullptr;  // I64 [n]
+    const int64_t n;
+};
+
+static laq_graph_input * capture_input(laq_cache & laq, const llm_graph_context & gctx, int64_t n) {
+    for (const auto & input : gctx.res->inputs) {
+        if (auto * found = dynamic_cast<laq_graph_input *>(input.get())) {
+            return found;
+        }
+    }
+    auto input   = std::make_unique<laq_graph_input>(laq, n);
+    input->slots = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I64, n);
+    ggml_set_input(input->slots);
+    ggml_set_name(input->slots, "laq_inp_slots");
+
+    return (laq_graph_input *) gctx.res->add_input(std::move(input));
+}
+
+void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * kq_b,
+                       ggml_tensor * sinks, float kq_scale, int il) {
+    const auto layer = std::find_if(laq.layers.begin(), laq.layers.end(), [&](const auto & l) { return l.il == il; });
+    if (layer == laq.layers.end()) {
+        return;
+    }
+    layer->kq_scale = kq_scale;
+    layer->sinks    = sinks;
+    layer->has_bias = kq_b != nullptr;
+
+    const int64_t n = std::min<int64_t>(q->ne[2], laq.n_ring);
+
+    if (q->nb[1] != q->ne[0] * q->nb[0]) {
+        q = ggml_cont(gctx.ctx0, q);
+    }
+    // [n_embd_head_k*n_head, n]: the last tokens, a row each
+    q = ggml_view_2d(gctx.ctx0, q, q->ne[0] * q->ne[1], n, q->nb[2], (q->ne[2] - n) * q->nb[2]);
+
+    ggml_build_forward_expand(gctx.gf,
+                              ggml_set_rows(gctx.ctx0, layer->ring, q, capture_input(laq, gctx, n)->slots));
+}
+
+//
+// scores
+//
+
+bool laq_score_fused(const ggml_tensor * op, ggml_backend_buffer_type_t buft, laq_score_kernel kernel) {
+    // the CPU's buffer type names no device
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    if (!dev && ggml_backend_buft_is_host(buft)) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+
+    const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
+    if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
+        throw laq_error(LAQ_STATUS_UNSUPPORTED,
+                        std::string("score_kernel = fused: the backend of ") + ggml_backend_buft_name(buft) +
+                            " has no such kernel; use score_kernel = auto");
+    }
+    return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
+}
+
+ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+                                 ggml_tensor * sinks, float scale, float softcap) {
+    const int64_t n_kv      = k->ne[1];
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_rows    = q->ne[1] * q->ne[2] / n_head_kv;
+    const int64_t n_group   = q->ne[2] / n_head_kv;
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cont(ctx, q));  // [n_kv, n_q, n_head]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    if (softcap != 0.0f) {
+        kq    = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / softcap)), softcap);
+        scale = 1.0f;
+    }
+    kq = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, sinks);
+
+    // the heads of a group lie next to each other: [n_kv, n_rows, n_head_kv] -> sum over the rows
+    kq = ggml_reshape_3d(ctx, kq, n_kv, n_rows, n_head_kv);
+    kq = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
+    return ggml_reshape_2d(ctx, ggml_scale(ctx, kq, 1.0f / (float) n_group), n_kv, n_head_kv);
+}
+
+// inputs and outputs of a score graph
+struct score_graph {
+    ggml_tensor *              slots;  // I32 [n_q]
+    ggml_tensor *              mask;   // F32 [n_kv, n_q]
+    std::vector<ggml_tensor *> res;    // per KV layer F32 [n_kv, n_head_kv]
+};
+
+static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_cgraph * gf, int64_t n_kv,
+                                     int64_t n_q) {
+    score_graph sg;
+    sg.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_q);
+    sg.mask  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n_q);
+    ggml_set_input(sg.slots);
+    ggml_set_input(sg.mask);
+
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        const laq_layer & layer = laq.layers[ikv];
+        const int64_t     d     = layer.n_embd_head_k;
+        ggml_tensor *     cache = laq.k(ikv);
+
+        ggml_tensor * q = ggml_get_rows(ctx, layer.ring, sg.slots);
+        q               = ggml_reshape_3d(ctx, q, d, layer.n_head, n_q);
+        q               = ggml_permute(ctx, q, 0, 2, 1, 3);
+        ggml_tensor * k = ggml_view_3d(ctx, cache, d, n_kv, layer.n_head_kv, cache->nb[1],
+                                       ggml_row_size(cache->type, d), 0);
+
+        ggml_tensor * res = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+
+        const bool fused = laq_score_fused(res, ggml_backend_buffer_get_type(cache->buffer),
+                                           (laq_score_kernel) laq.params.score_kernel);
+        if (!fused) {
+            res = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+        }
+        laq.stats.score_fused = fused;
+
+        ggml_set_output(res);
+        ggml_build_forward_expand(gf, res);
+        sg.res.push_back(res);
+    }
+    return sg;
+}
+
+static void set_score_inputs(const laq_cache & laq, const score_graph & sg, const std::vector<int32_t> & slots) {
+    const int64_t n_kv = sg.mask->ne[0];
+
+    // a query sees the tokens up to its own position; evicted cells are below every captured query
+    std::vector<float> mask(n_kv * slots.size(), -INFINITY);
+    for (size_t j = 0; j < slots.size(); ++j) {
+        for (int64_t i = 0; i < n_kv; ++i) {
+            if (!laq.cells().is_empty(i) && laq.cells().pos_get(i) <= laq.ring_pos[slots[j]]) {
+                mask[j * n_kv + i] = 0.0f;
+            }
+        }
+    }
+    ggml_backend_tensor_set(sg.slots, slots.data(), 0, ggml_nbytes(sg.slots));
+    ggml_backend_tensor_set(sg.mask, mask.data(), 0, ggml_nbytes(sg.mask));
+}
+
+std::vector<std::vector<float>> laq_cache::score(laq_query_range range, const std::vector<uint32_t> & order) {
+    const std::vector<int32_t> slots = ring_slots(range);
+    if (slots.empty()) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "no captured queries to score with: decode the prompt's last tokens in one llama_decode()");
+    }
+    for (const laq_layer & layer : layers) {
+        if (layer.has_bias) {
+            throw laq_error(LAQ_STATUS_UNSUPPORTED, "models with an attention bias cannot be evicted: unset kv_budget");
+        }
+    }
+
+    ggml_backend_sched_t sched = ctx->get_sched();
+    ggml_backend_sched_reset(sched);
+
+    llm_graph_result * res = ctx->get_gf_res_reserve();
+    res->reset();
+
+    const score_graph sg = build_score_graph(*this, res->get_ctx(), res->get_gf(), cells().used_max_p1(), slots.size());
+    if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph: use a smaller window_size");
+    }
+    set_score_inputs(*this, sg, slots);
+    if (ctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph was aborted or failed");
+    }
+    ggml_backend_sched_synchronize(sched);
+
+    std::vector<std::vector<float>> out;
+    std::vector<float>              raw;
+    for (ggml_tensor * t : sg.res) {
+        raw.resize(ggml_nelements(t));
+        ggml_backend_tensor_get(t, raw.data(), 0, ggml_nbytes(t));
+
+        std::vector<float> & dst = out.emplace_back();
+        dst.reserve(t->ne[1] * order.size());
+        for (int64_t h = 0; h < t->ne[1]; ++h) {
+            for (const uint32_t cell : order) {
+                dst.push_back(raw[h * t->ne[0] + cell]);
+            }
+        }
+    }
+    return out;
+}

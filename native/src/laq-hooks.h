@@ -1,0 +1,40 @@
+#pragma once
+
+// What the patches in patches/ call. Every call sits behind a null check of the attached laq_cache, so a context
+// that has none runs the same instructions as the unpatched build but for that check.
+
+#include <cstdint>
+
+struct ggml_tensor;
+struct laq_cache;
+struct llm_graph_context;
+
+class llama_io_read_i;
+class llama_io_write_i;
+
+// llm_graph_context::build_attn_mha: append the last queries of this ubatch to the ring of layer il
+//   q: [n_embd_head_k, n_head, n_tokens], before it is split into streams
+void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * kq_b,
+                       ggml_tensor * sinks, float kq_scale, int il);
+
+// llama_kv_cache::clear: everything is gone
+void laq_kv_clear(laq_cache & laq);
+
+// llama_kv_cache::seq_rm with normalized 0 <= p0, p1: false = the range reaches into evicted positions
+bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1);
+
+// llama_kv_cache::seq_add, seq_div: logs an error that names the function; always true
+bool laq_kv_refuse(const laq_cache & laq, const char * what);
+
+// llama_kv_cache::init_batch: no cells for n_tokens more tokens; the update that follows allocates them
+void laq_kv_no_slot(laq_cache & laq, uint32_t n_tokens);
+
+// llama_kv_cache::init_update: is there an eviction or a reallocation to do?
+bool laq_kv_has_update(laq_cache & laq, bool optimize);
+
+// llama_kv_cache::update: do it. false = it failed and the cache is as before
+bool laq_kv_update(laq_cache & laq);
+
+// llama_kv_cache::state_write, state_read: the tables that go in front of the cells
+void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io);
+void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io);

@@ -1,0 +1,184 @@
+// The second half of laq.h: what tests and tools look at.
+
+#include "laq-api.h"
+#include "laq-graph.h"
+#include "laq-score.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+static const laq_layer & layer_at(const laq_cache * laq, uint32_t ikv) {
+    laq_check(laq, "laq must not be NULL");
+    laq_check(ikv < laq->layers.size(), "ikv is not a layer of the KV cache");
+    return laq->layers[ikv];
+}
+
+laq_status laq_get_layer_info(const laq_cache * laq, uint32_t ikv, laq_layer_info * info) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(info && info->size >= sizeof(uint32_t), "info is NULL or info->size is not set");
+
+        laq_layer_info res = {};
+        res.size           = info->size;
+        res.il             = layer.il;
+        res.n_head         = layer.n_head;
+        res.n_head_kv      = layer.n_head_kv;
+        res.n_embd_head_k  = layer.n_embd_head_k;
+        res.n_queries      = laq->n_ring - std::count(laq->ring_pos.begin(), laq->ring_pos.end(), -1);
+        res.kq_scale       = layer.kq_scale;
+        res.softcap        = layer.softcap;
+        memcpy(info, &res, std::min<size_t>(info->size, sizeof(res)));
+    });
+}
+
+laq_status laq_get_queries(const laq_cache * laq, uint32_t ikv, int32_t * pos, float * dst, uint64_t n) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(pos && dst, "pos and dst must not be NULL");
+        laq->ctx->synchronize();
+
+        std::vector<int32_t> slots;
+        for (uint32_t slot = 0; slot < laq->n_ring; ++slot) {
+            if (laq->ring_pos[slot] >= 0) {
+                slots.push_back(slot);
+            }
+        }
+        std::sort(slots.begin(), slots.end(),
+                  [&](int32_t a, int32_t b) { return laq->ring_pos[a] < laq->ring_pos[b]; });
+
+        const uint64_t n_row = (uint64_t) layer.n_head * layer.n_embd_head_k;
+        laq_check(n == slots.size() * n_row, "dst needs n_queries*n_head*n_embd_head_k elements");
+        for (const int32_t slot : slots) {
+            *pos++ = laq->ring_pos[slot];
+            ggml_backend_tensor_get(layer.ring, dst, slot * layer.ring->nb[1], n_row * sizeof(float));
+            dst += n_row;
+        }
+    });
+}
+
+laq_status laq_get_keys(const laq_cache * laq, uint32_t ikv, float * dst, uint64_t n) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(dst, "dst must not be NULL");
+        laq->ctx->synchronize();
+
+        const ggml_tensor *         k     = laq->k(ikv);
+        const std::vector<uint32_t> order = laq->resident();
+        const uint64_t              n_row = (uint64_t) layer.n_head_kv * layer.n_embd_head_k;
+        laq_check(n == order.size() * n_row, "dst needs n_resident*n_head_kv*n_embd_head_k elements");
+
+        const ggml_to_float_t to_float = ggml_get_type_traits(k->type)->to_float;
+        std::vector<uint8_t>  row(k->nb[1]);
+        for (const uint32_t cell : order) {
+            ggml_backend_tensor_get(k, row.data(), cell * k->nb[1], row.size());
+            if (k->type == GGML_TYPE_F32) {
+                memcpy(dst, row.data(), n_row * sizeof(float));
+            } else {
+                to_float(row.data(), dst, n_row);
+            }
+            dst += n_row;
+        }
+    });
+}
+
+laq_status laq_get_scores(const laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(n_kv, "n_kv must not be NULL");
+        laq_check(laq->debug, "scores are kept only if LAQ_DEBUG is set in the environment before laq_attach()");
+
+        const size_t n_all = laq->scores.empty() ? 0 : laq->scores[ikv].size();
+        *n_kv              = n_all / layer.n_head_kv;
+        if (dst) {
+            laq_check(n == n_all, "dst needs n_head_kv*n_kv elements");
+            std::copy(laq->scores[ikv].begin(), laq->scores[ikv].end(), dst);
+        }
+    });
+}
+
+//
+// the score op and the selection by themselves
+//
+
+static void check_score_args(const laq_score_args & a) {
+    laq_check(a.type_k >= 0 && a.type_k < GGML_TYPE_COUNT, "type_k is not a ggml_type");
+    laq_check(a.n_embd_head > 0 && a.n_queries > 0 && a.n_head > 0 && a.n_head_kv > 0 && a.n_kv > 0,
+              "sizes must not be 0");
+    laq_check(a.n_head % a.n_head_kv == 0, "n_head must be a multiple of n_head_kv");
+    laq_check(a.n_threads >= 1, "n_threads must be at least 1");
+    laq_check(a.q && a.k, "q and k must not be NULL");
+
+    const ggml_type type = (ggml_type) a.type_k;
+    laq_check(type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float, "type_k cannot be converted to F32");
+    laq_check(a.n_embd_head % ggml_blck_size(type) == 0, "n_embd_head is not a multiple of type_k's block");
+}
+
+laq_status laq_score(const laq_score_args * args, float * dst) {
+    return laq_guarded([&] {
+        laq_check(args && dst && args->size == sizeof(*args), "args or dst is NULL, or args->size is wrong");
+        const laq_score_args & a = *args;
+        check_score_args(a);
+
+        ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+        ggml_context *   c = ctx.get();
+
+        ggml_tensor * q     = ggml_new_tensor_3d(c, GGML_TYPE_F32, a.n_embd_head, a.n_queries, a.n_head);
+        ggml_tensor * cache = ggml_new_tensor_3d(c, (ggml_type) a.type_k, a.n_embd_head, a.n_head_kv, a.n_kv);
+        ggml_tensor * mask  = a.mask ? ggml_new_tensor_2d(c, GGML_TYPE_F32, a.n_kv, a.n_queries) : nullptr;
+        ggml_tensor * sinks = a.sinks ? ggml_new_tensor_1d(c, GGML_TYPE_F32, a.n_head) : nullptr;
+        ggml_tensor * k     = ggml_permute(c, cache, 0, 2, 1, 3);
+
+        ggml_tensor * res   = ggml_laq_score(c, q, k, mask, sinks, a.scale, a.softcap);
+        const bool    fused = laq_score_fused(res, ggml_backend_cpu_buffer_type(), (laq_score_kernel) a.score_kernel);
+        if (!fused) {
+            res = laq_score_composed(c, q, k, mask, sinks, a.scale, a.softcap);
+        }
+        ggml_cgraph * gf = ggml_new_graph(c);
+        ggml_build_forward_expand(gf, res);
+
+        ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+        ggml_backend_buffer_ptr buf(backend ? ggml_backend_alloc_ctx_tensors(c, backend.get()) : nullptr);
+        if (!buf) {
+            throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph");
+        }
+        const auto set = [](ggml_tensor * t, const void * src) {
+            if (t) {
+                ggml_backend_tensor_set(t, src, 0, ggml_nbytes(t));
+            }
+        };
+        set(q, a.q);
+        set(cache, a.k);
+        set(mask, a.mask);
+        set(sinks, a.sinks);
+
+        auto * reg           = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+            reg, "ggml_backend_set_n_threads");
+        if (set_n_threads) {
+            set_n_threads(backend.get(), a.n_threads);
+        }
+        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+            throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
+        }
+        ggml_backend_tensor_get(res, dst, 0, ggml_nbytes(res));
+    });
+}
+
+laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget,
+                      uint32_t n_kernel, int32_t pooling, uint32_t * dst, uint32_t * n_kept) {
+    return laq_guarded([&] {
+        laq_check(scores && pinned && dst && n_kept, "scores, pinned, dst and n_kept must not be NULL");
+        laq_check(n_kernel % 2 == 1, "kernel_size must be odd");
+        laq_check(pooling >= LAQ_POOLING_NONE && pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
+
+        std::vector<float> pooled(n_kv);
+        laq_pool(scores, pooled.data(), n_kv, n_kernel, (laq_pooling) pooling);
+
+        const std::vector<uint32_t> kept = laq_top(pooled.data(), pinned, n_kv, n_budget);
+        std::copy(kept.begin(), kept.end(), dst);
+        *n_kept = kept.size();
+    });
+}

@@ -1,0 +1,143 @@
+#include "laq-policy.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+void laq_pool(const float * src, float * dst, uint32_t n, uint32_t n_kernel, laq_pooling pooling) {
+    const int64_t r = n_kernel / 2;
+    if (pooling == LAQ_POOLING_NONE || n_kernel <= 1) {
+        std::copy(src, src + n, dst);
+        return;
+    }
+    if (pooling == LAQ_POOLING_MAX) {
+        std::copy(src, src + n, dst);
+        for (int64_t o = 1; o <= r && o < (int64_t) n; ++o) {
+            for (int64_t i = 0; i < (int64_t) n - o; ++i) {
+                dst[i] = std::max(dst[i], src[i + o]);
+            }
+            for (int64_t i = o; i < (int64_t) n; ++i) {
+                dst[i] = std::max(dst[i], src[i - o]);
+            }
+        }
+        return;
+    }
+    for (int64_t i = 0; i < (int64_t) n; ++i) {
+        float sum = 0.0f;
+        for (int64_t o = -r; o <= r; ++o) {
+            sum += i + o >= 0 && i + o < (int64_t) n ? src[i + o] : 0.0f;
+        }
+        dst[i] = sum / (float) n_kernel;
+    }
+}
+
+std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint32_t n, uint32_t n_budget) {
+    std::vector<uint32_t> idx(n);
+    std::iota(idx.begin(), idx.end(), 0u);
+    if (n <= n_budget) {
+        return idx;
+    }
+    // strict weak order: no two entries are equal, so the result does not depend on the algorithm
+    const auto before = [&](uint32_t a, uint32_t b) {
+        if (pinned[a] != pinned[b]) {
+            return pinned[a] > pinned[b];
+        }
+        if (!pinned[a] && scores[a] != scores[b]) {
+            return scores[a] > scores[b];
+        }
+        return a < b;
+    };
+    if (n_budget > 0) {
+        std::nth_element(idx.begin(), idx.begin() + (n_budget - 1), idx.end(), before);
+    }
+    idx.resize(n_budget);
+    std::sort(idx.begin(), idx.end());
+    return idx;
+}
+
+float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos) {
+    const uint64_t x = seed * 0x9E3779B97F4A7C15ull + ikv * 0xBF58476D1CE4E5B9ull + head * 0x94D049BB133111EBull +
+                       (uint64_t) (int64_t) pos;
+
+    uint64_t z = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z          = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    return (float) (z >> 40) * (1.0f / 16777216.0f);
+}
+
+std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view) {
+    std::vector<float> res(view.n);
+    switch (params.policy) {
+        case LAQ_POLICY_STREAMING:
+            std::copy(view.pos, view.pos + view.n, res.begin());
+            break;
+        case LAQ_POLICY_RANDOM:
+            for (uint32_t i = 0; i < view.n; ++i) {
+                res[i] = laq_random_score(params.seed, ikv, head, view.pos[i]);
+            }
+            break;
+        default:
+            laq_pool(view.scores, res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling);
+            break;
+    }
+    return res;
+}
+
+std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
+                                      const laq_head_view & view) {
+    std::vector<uint8_t> pinned(view.n);
+    for (uint32_t i = 0; i < view.n; ++i) {
+        const int32_t pos = view.pos[i];
+
+        bool pin = pos < (int32_t) params.n_sink || pos >= view.n_intact;
+        for (uint32_t s = 0; s < params.n_pinned && !pin; ++s) {
+            pin = pos >= params.pinned[s].p0 && pos < params.pinned[s].p1;
+        }
+        pinned[i] = pin;
+    }
+    return laq_top(laq_rank(params, ikv, head, view).data(), pinned.data(), view.n, params.n_kv_budget);
+}
+
+laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt) {
+    const int32_t ahead = n_prompt + (int32_t) params.n_lookahead;
+    switch (params.policy) {
+        case LAQ_POLICY_LAQ:
+            return { n_prompt, ahead };
+        case LAQ_POLICY_LAQ_PP:
+            return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window), ahead };
+        case LAQ_POLICY_SNAPKV:
+            return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
+        default:
+            return { 0, 0 };
+    }
+}
+
+uint32_t laq_policy_window(const laq_params & params) {
+    return params.policy == LAQ_POLICY_SNAPKV ? params.n_window_snapkv : params.n_window;
+}
+
+bool laq_policy_needs_queries(const laq_params & params) {
+    return params.policy == LAQ_POLICY_LAQ || params.policy == LAQ_POLICY_LAQ_PP || params.policy == LAQ_POLICY_SNAPKV;
+}
+
+bool laq_policy_needs_lookahead(const laq_params & params) {
+    return params.policy == LAQ_POLICY_LAQ || params.policy == LAQ_POLICY_LAQ_PP;
+}
+
+uint32_t laq_policy_n_pinned(const laq_params & params) {
+    std::vector<laq_span> spans(params.pinned, params.pinned + params.n_pinned);
+    spans.push_back({ 0, (int32_t) params.n_sink });
+    std::sort(spans.begin(), spans.end(), [](const laq_span & a, const laq_span & b) { return a.p0 < b.p0; });
+
+    int64_t n   = 0;
+    int32_t end = 0;
+    for (const laq_span & s : spans) {
+        n += std::max(0, s.p1 - std::max(s.p0, end));
+        end = std::max(end, s.p1);
+    }
+    n += laq_policy_window(params);
+    if (laq_policy_needs_lookahead(params) && params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
+        n += params.n_lookahead;
+    }
+    return (uint32_t) std::min<int64_t>(n, std::numeric_limits<uint32_t>::max());
+}

@@ -1,0 +1,51 @@
+#pragma once
+
+// Pure functions on plain arrays: which keys stay. No ggml, no llama.
+// Reference: laq_gguf/reference/select.py; the two agree exactly.
+
+#include "laq.h"
+
+#include <cstdint>
+#include <vector>
+
+// smooth scores over neighbouring keys, in place of nothing: dst [n] = pool(src [n])
+//   max: the window is clipped at the ends
+//   avg: zero padding, float32 sums from left to right, divided by n_kernel
+void laq_pool(const float * src, float * dst, uint32_t n, uint32_t n_kernel, laq_pooling pooling);
+
+// indices of the kept keys, ascending
+//   pinned [n]: 1 = kept before anything else
+//   then the best by score, equal scores: the lower index
+std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint32_t n, uint32_t n_budget);
+
+// what is known of the tokens that one KV head holds, sorted by position
+struct laq_head_view {
+    const int32_t * pos;       // [n]
+    const float *   scores;    // [n] raw, or NULL for policies that need none
+    uint32_t        n;
+    int32_t         n_intact;  // positions from here on are kept whole
+};
+
+// scores of one KV head, pooled where the policy pools: [n]
+std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view);
+
+// the selection of one KV head: indices into view, ascending
+std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
+                                      const laq_head_view & view);
+
+// positions [first, last) whose queries score the keys
+struct laq_query_range {
+    int32_t first;
+    int32_t last;
+};
+
+laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt);
+
+// last prompt tokens that are kept whole
+uint32_t laq_policy_window(const laq_params & params);
+
+bool laq_policy_needs_queries(const laq_params & params);
+bool laq_policy_needs_lookahead(const laq_params & params);
+
+// cells that no eviction frees: the union of sinks, window, lookahead (deferred) and pinned spans
+uint32_t laq_policy_n_pinned(const laq_params & params);

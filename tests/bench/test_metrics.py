@@ -1,0 +1,63 @@
+"""Metrics against examples worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from laq_gguf.bench.metrics import any_found, kl_divergence, share_found, top1_agreement
+
+
+def test_share_found_counts_outputs_and_ignores_case() -> None:
+    assert share_found("They are ALPHA and 42.", ["alpha", "beta", "42", "7"]) == 0.5
+    assert share_found("", ["alpha"]) == 0.0
+    assert share_found("alpha", ["alpha"]) == 1.0
+
+
+def test_any_found_needs_one() -> None:
+    assert any_found("in france, of course", ["Normandy", "France"]) == 1.0
+    assert any_found("in spain", ["Normandy", "France"]) == 0.0
+
+
+@pytest.mark.parametrize("metric", [share_found, any_found])
+def test_no_outputs_is_an_error(metric) -> None:
+    with pytest.raises(ValueError, match="without expected outputs"):
+        metric("text", [])
+
+
+def test_kl_of_two_coins() -> None:
+    # p = (1/2, 1/2), q = (3/4, 1/4): KL = ln(1/2) - (ln(3/4) + ln(1/4)) / 2 = ln(2 / sqrt(3))
+    p, q = np.log([[0.5, 0.5]]), np.log([[0.75, 0.25]])
+    np.testing.assert_allclose(kl_divergence(p, q), [math.log(2 / math.sqrt(3))], rtol=1e-12)
+    # the other way round it is another number: 3/4 ln(3/2) - 1/4 ln 2
+    other = 0.75 * math.log(1.5) - 0.25 * math.log(2)
+    np.testing.assert_allclose(kl_divergence(q, p), [other], rtol=1e-12)
+
+
+def test_kl_ignores_a_shift_of_the_logits_and_is_one_number_a_row() -> None:
+    logits = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 5.0]], dtype=np.float32)
+    np.testing.assert_allclose(kl_divergence(logits, logits + 100), [0, 0], atol=1e-12)
+    assert kl_divergence(logits, logits[::-1]).shape == (2,)
+    assert (kl_divergence(logits, logits[::-1]) > 0).all()
+
+
+def test_kl_with_masked_tokens() -> None:
+    # a token that the full cache excludes adds nothing; one that only the other does is infinite
+    p = np.array([[0.0, -np.inf]])
+    np.testing.assert_allclose(kl_divergence(p, np.zeros((1, 2))), [math.log(2)])
+    assert kl_divergence(np.zeros((1, 2)), p)[0] == np.inf
+
+
+def test_top1_agreement_is_the_share_of_equal_rows() -> None:
+    full = np.array([[1.0, 2.0], [5.0, 1.0], [0.0, 1.0], [3.0, 2.0]])
+    other = np.array([[0.0, 9.0], [1.0, 5.0], [0.1, 0.2], [4.0, 0.0]])
+    assert top1_agreement(full, other) == 0.75
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match="same non-empty shape"):
+        kl_divergence(np.zeros((2, 3)), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="same non-empty shape"):
+        top1_agreement(np.zeros((0, 3)), np.zeros((0, 3)))

@@ -1,0 +1,76 @@
+"""Tasks: the generated needles, and examples read in RULER's form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from laq_gguf.bench.metrics import METRICS
+from laq_gguf.bench.needles import needle_prompts
+from laq_gguf.bench.tasks import TASKS, load_examples
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+def test_needles_are_the_same_every_time_and_differ_from_each_other() -> None:
+    prompts = needle_prompts(6, 700, count_words)
+    assert prompts == needle_prompts(6, 700, count_words)
+    assert len({p["input"] for p in prompts}) == 6
+    assert prompts != needle_prompts(6, 700, count_words, seed=2)
+
+
+def test_needles_lie_at_their_depth_and_fill_the_length() -> None:
+    for prompt in needle_prompts(10, 900, count_words):
+        text, needle = prompt["input"], f"{prompt['answer_prefix']} {prompt['outputs'][0]}."
+        assert text.count(needle) == 1
+        assert text.count(prompt["outputs"][0]) == 1
+        assert 860 < count_words(text) <= 900
+        assert abs(text.index(needle) / len(text) - prompt["depth"]) < 0.05
+    assert [p["depth"] for p in needle_prompts(4, 900, count_words)] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_needles_refuse_a_length_without_room() -> None:
+    with pytest.raises(ValueError, match="raise --length"):
+        needle_prompts(1, 20, count_words)
+
+
+def test_every_task_has_a_metric() -> None:
+    assert {task.metric for task in TASKS.values()} <= METRICS.keys()
+
+
+def write_ruler(folder: Path, records: list[dict]) -> None:
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "vt.jsonl").write_text(lines, encoding="utf-8")
+
+
+def load(name: str, data: Path | None, length: int = 2048, limit: int | None = None) -> list:
+    return load_examples(
+        name, data=data, length=length, limit=limit, n_needles=4, count_tokens=count_words
+    )
+
+
+def test_ruler_examples(tmp_path: Path) -> None:
+    record = {"index": 7, "input": "VAR A = 1", "answer_prefix": " they are:", "outputs": ["A", 1]}
+    write_ruler(tmp_path / "ruler" / "2048", [record, record | {"index": 8}])
+    first, second = load("vt", tmp_path)
+    assert (first.id, second.id) == ("7", "8")
+    assert (first.message, first.answer_prefix) == ("VAR A = 1", " they are:")
+    assert first.outputs == ("A", "1")
+    assert load("vt", tmp_path, limit=1) == [first]
+
+
+def test_ruler_errors_say_what_to_change(tmp_path: Path) -> None:
+    write_ruler(tmp_path / "ruler" / "4096", [{"input": "x", "outputs": ["y"]}])
+    with pytest.raises(ValueError, match="pass --data"):
+        load("vt", None)
+    with pytest.raises(ValueError, match=r"--length \[4096\]"):
+        load("vt", tmp_path)
+    with pytest.raises(ValueError, match=r"vt\.jsonl:1: fields missing: answer_prefix"):
+        load("vt", tmp_path, length=4096)
+    with pytest.raises(ValueError, match="unknown task 'niah'"):
+        load("niah", tmp_path)

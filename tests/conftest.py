@@ -1,0 +1,141 @@
+"""Fixtures and rules of all tests: where the library and the models are, what is skipped and why.
+
+env: LAQ_MODEL_SMOLLM2  path of SmolLM2-135M-Instruct in GGUF, for the tests marked `model`
+env: LAQ_LIB_PATH       folder of a developer's build; default: the installed package's own
+env: LAQ_PLAIN_LIB      folder of the libraries built without patches; default: build/plain/bin
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import laq_gguf
+from laq_gguf import _lib
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = {
+    "model": "needs SmolLM2-135M-Instruct (LAQ_MODEL_SMOLLM2)",
+    "slow": "takes more than ten seconds",
+    "cuda": "needs a library built with CUDA",
+    "metal": "needs a library built with Metal",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--min-executed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fail if fewer than N tests were executed: a run that skips everything is not green",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.stash[EXECUTED] = 0
+
+
+EXECUTED = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call" and not report.skipped:
+        item.config.stash[EXECUTED] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    floor = session.config.getoption("--min-executed")
+    if exitstatus == 0 and session.config.stash[EXECUTED] < floor:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    floor, executed = config.getoption("--min-executed"), config.stash[EXECUTED]
+    if executed < floor:
+        terminalreporter.write_line(
+            f"only {executed} tests were executed, at least {floor} must be (--min-executed)",
+            red=True,
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    devices = {"cuda", "metal"}
+    needed = {name for item in items for name in devices if item.get_closest_marker(name)}
+    if not needed:
+        return
+    backends = _lib.load().build_info().get("backends", "").lower()
+    for item in items:
+        for name in needed:
+            if item.get_closest_marker(name) and name not in backends:
+                reason = f"the library is built without -DGGML_{name.upper()}=ON"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def native() -> _lib.Native:
+    """The loaded library."""
+    if _lib.select_library() is None:
+        pytest.skip(f"no libllama in {_lib.library_dir()}: pip install . or set LAQ_LIB_PATH")
+    return _lib.load()
+
+
+@pytest.fixture(scope="session")
+def smollm2(native: _lib.Native) -> Path:
+    """Path of SmolLM2-135M-Instruct."""
+    path = os.environ.get("LAQ_MODEL_SMOLLM2")
+    if not path:
+        pytest.skip("LAQ_MODEL_SMOLLM2 is not set")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(kind, **params): path of a tiny random GGUF, made once a session."""
+    import make_tiny_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "llama", **params: int | float) -> Path:
+        name = "-".join([kind, *(f"{k}{v}" for k, v in sorted(params.items()))])
+        if name not in made:
+            made[name] = Path(make_tiny_gguf.make(folder / f"{name}.gguf", kind, **params))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_lib() -> Path:
+    """Folder of the libraries built from the same llama.cpp without patches."""
+    folder = Path(os.environ.get("LAQ_PLAIN_LIB", ROOT / "build" / "plain" / "bin"))
+    if not any(folder.glob("libllama.*")):
+        pytest.skip(f"no libllama in {folder}: set LAQ_PLAIN_LIB")
+    return folder
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_python(*args, **env): python in its own process, in an empty folder."""
+
+    def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        paths = [str(Path(laq_gguf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        full = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **env}
+        return subprocess.run(
+            [sys.executable, *args], env=full, cwd=tmp_path, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+
+    return run

@@ -1,0 +1,268 @@
+// Unit tests of native/src/laq-policy.h: no framework, the exit code is the number of failed checks (at most 100).
+// What must equal the Python reference exactly is also fuzzed against it by tests/parity/test_selection.py.
+
+#include "laq-policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <string>
+#include <vector>
+
+static int n_failed = 0;
+
+// not assert(): release builds define NDEBUG
+#define CHECK(cond)                                                        \
+    do {                                                                   \
+        if (!(cond)) {                                                     \
+            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond); \
+            ++n_failed;                                                    \
+        }                                                                  \
+    } while (0)
+
+using indices = std::vector<uint32_t>;
+using floats  = std::vector<float>;
+
+// xorshift: the same numbers everywhere
+struct rng_t {
+    uint32_t state;
+
+    uint32_t next() {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        return state;
+    }
+
+    uint32_t below(uint32_t n) { return next() % n; }
+};
+
+static laq_params make_params(laq_policy policy, uint32_t n_budget) {
+    laq_params params      = {};
+    params.size            = sizeof(params);
+    params.policy          = policy;
+    params.lookahead       = LAQ_LOOKAHEAD_DEFERRED;
+    params.pooling         = LAQ_POOLING_MAX;
+    params.n_kv_budget     = n_budget;
+    params.n_lookahead     = 8;
+    params.n_window        = 8;
+    params.n_window_snapkv = 32;
+    params.n_sink          = 4;
+    params.n_kernel        = 7;
+    return params;
+}
+
+static floats pool(const floats & src, uint32_t n_kernel, laq_pooling pooling) {
+    floats dst(src.size(), -1.0f);
+    laq_pool(src.data(), dst.data(), (uint32_t) src.size(), n_kernel, pooling);
+    return dst;
+}
+
+static void test_pool() {
+    const floats src = { 1, 5, 2, 0, 3, 4 };
+    // width 3: each with its two neighbours, the ends with one
+    CHECK((pool(src, 3, LAQ_POOLING_MAX) == floats{ 5, 5, 5, 3, 4, 4 }));
+    // sums 6 8 7 5 7 7: zeros beyond the ends, always divided by 3
+    CHECK((pool(src, 3, LAQ_POOLING_AVG) == floats{ 6 / 3.0f, 8 / 3.0f, 7 / 3.0f, 5 / 3.0f, 7 / 3.0f, 7 / 3.0f }));
+    CHECK(pool(src, 7, LAQ_POOLING_NONE) == src);
+    CHECK(pool(src, 1, LAQ_POOLING_MAX) == src);
+    CHECK(pool(src, 1, LAQ_POOLING_AVG) == src);
+    // wider than the row
+    CHECK(pool(src, 31, LAQ_POOLING_MAX) == floats(6, 5.0f));
+    CHECK(pool({ 2 }, 7, LAQ_POOLING_MAX) == floats{ 2 });
+    CHECK(pool({ 7 }, 7, LAQ_POOLING_AVG) == floats{ 1 });
+    CHECK(pool({}, 7, LAQ_POOLING_MAX).empty());
+    // float32 from left to right: (1e8 + 1) - 1e8 is 0 and not 1
+    CHECK(pool({ 1e8f, 1, -1e8f }, 3, LAQ_POOLING_AVG)[1] == 0.0f);
+    // negative scores: nothing beyond the ends takes part in a maximum
+    CHECK((pool({ -3, -2, -5 }, 3, LAQ_POOLING_MAX) == floats{ -2, -2, -2 }));
+}
+
+static indices top(const floats & scores, const std::vector<uint8_t> & pinned, uint32_t n_budget) {
+    return laq_top(scores.data(), pinned.data(), (uint32_t) scores.size(), n_budget);
+}
+
+static void test_top() {
+    const float                inf    = std::numeric_limits<float>::infinity();
+    const floats               scores = { 0.1f, 0.9f, 0.3f, 0.3f, 0.2f, 0.0f };
+    const std::vector<uint8_t> none(6, 0);
+    const std::vector<uint8_t> ends = { 1, 0, 0, 0, 0, 1 };
+    // two pinned, then .9, then the lower one of the two .3
+    CHECK((top(scores, ends, 4) == indices{ 0, 1, 2, 5 }));
+    CHECK((top(scores, none, 4) == indices{ 1, 2, 3, 4 }));
+    CHECK((top(scores, none, 2) == indices{ 1, 2 }));
+    // more pinned than fit: the lowest of them
+    CHECK((top(scores, ends, 1) == indices{ 0 }));
+    CHECK(top(scores, ends, 0).empty());
+    CHECK((top(scores, ends, 6) == indices{ 0, 1, 2, 3, 4, 5 }));
+    CHECK((top(scores, ends, 100) == indices{ 0, 1, 2, 3, 4, 5 }));
+    // all equal: the lowest
+    CHECK((top(floats(6, 1.0f), none, 3) == indices{ 0, 1, 2 }));
+    // both zeros are equal, infinities have a rank
+    CHECK((top({ -0.0f, 0.0f, -0.0f }, { 0, 0, 0 }, 2) == indices{ 0, 1 }));
+    CHECK((top({ -inf, 0.0f, -inf, inf }, { 0, 0, 0, 0 }, 3) == indices{ 0, 1, 3 }));
+    // the score of a pinned key does not count
+    CHECK((top({ 9, 8, -inf, 7 }, { 0, 0, 1, 0 }, 2) == indices{ 0, 2 }));
+}
+
+// the definition, one key at a time
+static indices top_slow(const floats & scores, const std::vector<uint8_t> & pinned, uint32_t n_budget) {
+    std::vector<bool> taken(scores.size(), false);
+    for (uint32_t k = 0; k < n_budget && k < scores.size(); ++k) {
+        int best = -1;
+        for (int i = 0; i < (int) scores.size(); ++i) {
+            if (taken[i]) {
+                continue;
+            }
+            const bool better = best < 0 || pinned[i] > pinned[best] ||
+                                (pinned[i] == pinned[best] && !pinned[i] && scores[i] > scores[best]);
+            best = better ? i : best;
+        }
+        taken[best] = true;
+    }
+    indices res;
+    for (uint32_t i = 0; i < scores.size(); ++i) {
+        if (taken[i]) {
+            res.push_back(i);
+        }
+    }
+    return res;
+}
+
+static void test_top_random() {
+    rng_t rng = { 2463534242u };
+    for (int round = 0; round < 2000; ++round) {
+        const uint32_t       n        = 1 + rng.below(60);
+        const uint32_t       n_values = 1 + rng.below(8);  // few values: many ties
+        floats               scores(n);
+        std::vector<uint8_t> pinned(n);
+        for (uint32_t i = 0; i < n; ++i) {
+            scores[i] = (float) rng.below(n_values);
+            pinned[i] = rng.below(5) == 0;
+        }
+        const uint32_t n_budget = rng.below(n + 2);
+        CHECK(top(scores, pinned, n_budget) == top_slow(scores, pinned, n_budget));
+    }
+}
+
+static void test_random_score() {
+    // the hash of state 0 is 0; seed 1 adds the golden gamma, so that the result is the first output of splitmix64
+    // seeded with 0: 0xE220A8397B1DCDAF
+    CHECK(laq_random_score(0, 0, 0, 0) == 0.0f);
+    CHECK(laq_random_score(1, 0, 0, 0) == (float) 0xE220A8 / 16777216.0f);
+    double sum = 0.0;
+    for (int32_t pos = 0; pos < 4096; ++pos) {
+        const float score = laq_random_score(0xFFFFFFFFu, 79, 127, pos);
+        CHECK(score >= 0.0f && score < 1.0f);
+        sum += score;
+    }
+    CHECK(std::fabs(sum / 4096 - 0.5) < 0.03);
+    CHECK(laq_random_score(1, 2, 3, 4) != laq_random_score(2, 2, 3, 4));
+    CHECK(laq_random_score(1, 2, 3, 4) != laq_random_score(1, 3, 3, 4));
+    CHECK(laq_random_score(1, 2, 3, 4) != laq_random_score(1, 2, 4, 4));
+    CHECK(laq_random_score(1, 2, 3, 4) != laq_random_score(1, 2, 3, 5));
+}
+
+static void test_select_head() {
+    // positions with the gaps of an earlier eviction; 1 sink, kept whole from 9 on
+    const std::vector<int32_t> pos    = { 0, 2, 3, 7, 8, 9 };
+    const floats               scores = { 0, 4, 1, 2, 0, 0 };
+    const laq_head_view        view   = { pos.data(), scores.data(), 6, 9 };
+    const laq_head_view        blind  = { pos.data(), nullptr, 6, 9 };
+
+    laq_params params = make_params(LAQ_POLICY_LAQ, 4);
+    params.n_sink     = 1;
+    params.n_kernel   = 3;
+    // pooled 4 4 4 2 2 0: the sink, 9, then the two 4 at positions 2 and 3
+    CHECK((laq_rank(params, 0, 0, view) == floats{ 4, 4, 4, 2, 2, 0 }));
+    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 2, 5 }));
+    // a span of the user, one past the end is free
+    const laq_span span = { 7, 8 };
+    params.pinned       = &span;
+    params.n_pinned     = 1;
+    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+    params.n_pinned = 0;
+    params.pooling  = LAQ_POOLING_NONE;
+    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+
+    params.policy = LAQ_POLICY_STREAMING;
+    CHECK((laq_select_head(params, 0, 0, blind) == indices{ 0, 3, 4, 5 }));
+    // random ranks by layer and head, and is not pooled
+    params.policy = LAQ_POLICY_RANDOM;
+    params.pooling = LAQ_POOLING_MAX;
+    params.seed   = 7;
+    const floats ranked = laq_rank(params, 3, 1, blind);
+    for (size_t i = 0; i < pos.size(); ++i) {
+        CHECK(ranked[i] == laq_random_score(7, 3, 1, pos[i]));
+    }
+    // within the budget all stay
+    params.n_kv_budget = 6;
+    CHECK(laq_select_head(params, 0, 0, blind).size() == 6);
+}
+
+static bool queries_are(laq_policy policy, int32_t n_prompt, int32_t first, int32_t last) {
+    const laq_query_range range = laq_policy_queries(make_params(policy, 64), n_prompt);
+    return range.first == first && range.last == last;
+}
+
+static void test_queries() {
+    CHECK(queries_are(LAQ_POLICY_LAQ, 100, 100, 108));
+    CHECK(queries_are(LAQ_POLICY_LAQ_PP, 100, 92, 108));
+    CHECK(queries_are(LAQ_POLICY_LAQ_PP, 5, 0, 13));
+    CHECK(queries_are(LAQ_POLICY_SNAPKV, 100, 68, 100));
+    CHECK(queries_are(LAQ_POLICY_SNAPKV, 10, 0, 10));
+    for (const laq_policy policy : { LAQ_POLICY_FULL, LAQ_POLICY_STREAMING, LAQ_POLICY_RANDOM }) {
+        const laq_query_range range = laq_policy_queries(make_params(policy, 64), 100);
+        CHECK(range.first == range.last);
+        CHECK(!laq_policy_needs_queries(make_params(policy, 64)));
+        CHECK(!laq_policy_needs_lookahead(make_params(policy, 64)));
+    }
+    CHECK(laq_policy_needs_queries(make_params(LAQ_POLICY_SNAPKV, 64)));
+    CHECK(!laq_policy_needs_lookahead(make_params(LAQ_POLICY_SNAPKV, 64)));
+    CHECK(laq_policy_needs_lookahead(make_params(LAQ_POLICY_LAQ, 64)));
+    CHECK(laq_policy_needs_lookahead(make_params(LAQ_POLICY_LAQ_PP, 64)));
+    CHECK(laq_policy_window(make_params(LAQ_POLICY_SNAPKV, 64)) == 32);
+    CHECK(laq_policy_window(make_params(LAQ_POLICY_LAQ_PP, 64)) == 8);
+    CHECK(laq_policy_window(make_params(LAQ_POLICY_STREAMING, 64)) == 8);
+}
+
+static void test_n_pinned() {
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 64);
+    CHECK(laq_policy_n_pinned(params) == 4 + 8 + 8);
+    params.lookahead = LAQ_LOOKAHEAD_PSEUDO;
+    CHECK(laq_policy_n_pinned(params) == 4 + 8);
+    CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_SNAPKV, 64)) == 4 + 32);
+    CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_STREAMING, 64)) == 4 + 8);
+    // 0..3 sinks, 2..9 overlaps them, 8..11 overlaps that, 20..21: the union is 0..11 and 20..21
+    const laq_span spans[] = {
+        { 20, 22 },
+        { 8,  12 },
+        { 2,  10 }
+    };
+    params.pinned   = spans;
+    params.n_pinned = 3;
+    CHECK(laq_policy_n_pinned(params) == 14 + 8);
+    // one span inside another
+    const laq_span nested[] = {
+        { 10, 30 },
+        { 12, 14 }
+    };
+    params.pinned   = nested;
+    params.n_pinned = 2;
+    CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8);
+}
+
+int main() {
+    test_pool();
+    test_top();
+    test_top_random();
+    test_random_score();
+    test_select_head();
+    test_queries();
+    test_n_pinned();
+    if (n_failed > 0) {
+        std::fprintf(stderr, "%d checks failed\n", n_failed);
+    }
+    return std::min(n_failed, 100);
+}
