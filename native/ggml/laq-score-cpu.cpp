@@ -87,18 +87,28 @@ struct score_work {
     float * exps(const score_shape & s) const { return logits + s.n_rows * N_TILE; }
 };
 
+// one head of a cell as F32; the conversions of ggml-cpu use the vector units, those of ggml-base do not
+const float * load_row(ggml_type type, const char * src, int64_t n, float * buf) {
+    switch (type) {
+        case GGML_TYPE_F32:
+            return (const float *) src;
+        case GGML_TYPE_F16:
+            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, buf, n);
+            return buf;
+        case GGML_TYPE_BF16:
+            ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, buf, n);
+            return buf;
+        default:
+            ggml_get_type_traits(type)->to_float(src, buf, n);
+            return buf;
+    }
+}
+
 // n <= N_TILE keys from i0 on, transposed; the rest of the tile is zero
 void load_tile(const ggml_tensor * k, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(k->type)->to_float;
-
     for (int64_t t = 0; t < n; ++t) {
-        const char * src = (const char *) k->data + (i0 + t) * k->nb[1] + g * k->nb[2];
-
-        const float * row = (const float *) src;
-        if (k->type != GGML_TYPE_F32) {
-            to_float(src, w.row, s.n_embd);
-            row = w.row;
-        }
+        const char *  src = (const char *) k->data + (i0 + t) * k->nb[1] + g * k->nb[2];
+        const float * row = load_row(k->type, src, s.n_embd, w.row);
         for (int64_t c = 0; c < s.n_embd; ++c) {
             w.kt[c * N_TILE + t] = row[c];
         }

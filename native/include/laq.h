@@ -44,7 +44,7 @@ enum laq_status {
 // what the scores of the cached keys are made from
 enum laq_policy {
     LAQ_POLICY_FULL        = 0,  // never evict
-    LAQ_POLICY_LAQ         = 1,  // attention of the lookahead queries
+    LAQ_POLICY_LAQ         = 1,  // attention of the lookahead queries (if there is none yet: as LAQ_PP)
     LAQ_POLICY_LAQ_PP      = 2,  // attention of the lookahead queries and of the last n_window prompt queries
     LAQ_POLICY_SNAPKV      = 3,  // attention of the last n_window_snapkv prompt queries (arXiv 2404.14469)
     LAQ_POLICY_STREAMING   = 4,  // sinks and the most recent tokens (arXiv 2309.17453)
@@ -131,7 +131,8 @@ struct laq_params laq_default_params(void);
 // by name. The cells that the context allocated are given back until they are needed.
 enum laq_status laq_attach(struct llama_context * ctx, const struct laq_params * params, struct laq_cache ** out);
 
-// Must come before llama_free(ctx). The cache keeps its tokens; they can no longer be evicted.
+// Must come right before llama_free(ctx): nothing may be decoded in between, since nothing would guard the evicted
+// cells or allocate new ones.
 void laq_detach(struct laq_cache * laq);
 
 // Allocate cells for n_tokens more tokens now, in one step. llama_decode() does it by itself, batch by batch.
@@ -174,8 +175,9 @@ enum laq_status laq_get_queries(const struct laq_cache * laq, uint32_t ikv, int3
 // resident keys of a layer as F32, in the order of laq_kept_positions: dst [n_resident][n_head_kv][n_embd_head_k]
 enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n);
 
-// scores (before pooling) that the last eviction ranked: dst F32 [n_head_kv][n_kv]; *n_kv receives the length.
-// dst may be NULL to ask for n_kv.
+// scores (before pooling) of the last eviction: dst F32 [n_head_kv][n_kv]; *n_kv receives the length. One for each
+// token that was resident then, in order of position, pseudo tokens included. dst may be NULL to ask for n_kv.
+// Kept only if LAQ_DEBUG is set in the environment before laq_attach().
 enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
 
 struct laq_score_args {

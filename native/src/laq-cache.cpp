@@ -333,6 +333,10 @@ void laq_cache::fill_cells(laq_storage & dst, const std::vector<uint32_t> & orde
         }
         o.pos.push_back(std::move(pos));
     }
+    if (o.n_mixed > 0) {
+        // the next token after a removal of everything from n_intact on must have position n_intact
+        lowest.back() = n_intact - 1;
+    }
     for (uint32_t i = 0; i < first.size(); ++i) {
         const uint32_t from = order[first[i]];
         put(i, from, i < o.n_mixed ? lowest[i] : cells().pos_get(from));

@@ -8,6 +8,7 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 static const laq_layer & layer_at(const laq_cache * laq, uint32_t ikv) {
@@ -110,6 +111,10 @@ static void check_score_args(const laq_score_args & a) {
     laq_check(a.n_head % a.n_head_kv == 0, "n_head must be a multiple of n_head_kv");
     laq_check(a.n_threads >= 1, "n_threads must be at least 1");
     laq_check(a.q && a.k, "q and k must not be NULL");
+    laq_check(std::isfinite(a.scale), "scale must be finite");
+    laq_check(std::isfinite(a.softcap) && a.softcap >= 0.0f, "softcap must be finite and not negative");
+    laq_check(a.score_kernel >= LAQ_SCORE_KERNEL_AUTO && a.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
+              "score_kernel is not one of enum laq_score_kernel");
 
     const ggml_type type = (ggml_type) a.type_k;
     laq_check(type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float, "type_k cannot be converted to F32");
@@ -173,6 +178,8 @@ laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_k
         laq_check(scores && pinned && dst && n_kept, "scores, pinned, dst and n_kept must not be NULL");
         laq_check(n_kernel % 2 == 1, "kernel_size must be odd");
         laq_check(pooling >= LAQ_POOLING_NONE && pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
+
+        laq_check(std::none_of(scores, scores + n_kv, [](float s) { return std::isnan(s); }), "a score is NaN");
 
         std::vector<float> pooled(n_kv);
         laq_pool(scores, pooled.data(), n_kv, n_kernel, (laq_pooling) pooling);

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from integration.decoding import greedy, open_llama, tokens_of
 
 POLICIES = ("laq", "laq++", "snapkv", "streaming", "random")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from integration.decoding import greedy, open_llama, tokens_of
 
 pytestmark = pytest.mark.model
@@ -190,10 +191,18 @@ def test_from_pretrained(
         Llama.from_pretrained("some/model", "*.gguf", local_dir=str(path.parent), kv_bugdet=64)
 
 
-def test_sending_tokens_into_generate(llm: Any) -> None:
-    prompt = llm.tokenize(TEXT.encode())
-    tokens = llm.generate(prompt, temp=0.0)
-    first = next(tokens)
-    tokens.send([first, first])
-    assert llm.input_ids[llm.n_tokens - 3 : llm.n_tokens].tolist() == [first] * 3
-    tokens.close()
+def test_sending_tokens_into_generate(tiny: Callable[..., Path]) -> None:
+    """llama_cpp takes what is sent for a draft: it keeps what the model would have said."""
+
+    def answers(**kwargs: Any) -> tuple[list[int], int]:
+        model = open_llama(tiny("llama"), logits_all=True, **kwargs)
+        tokens = model.generate(tokens_of(200), temp=0.0)
+        got = [next(tokens)]
+        got.append(tokens.send([got[0], 300]))
+        got += [next(tokens), next(tokens)]
+        tokens.close()
+        return got, model.n_tokens
+
+    assert answers(kv_budget=512, lookahead="pseudo") == answers()
+    (_, n_tokens), (_, expected) = answers(kv_budget=64, lookahead="pseudo"), answers()
+    assert n_tokens == expected

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from integration.decoding import greedy, open_llama, tokens_of
 
+from integration.decoding import greedy, open_llama, tokens_of
 from laq_gguf import LaqError
 from laq_gguf.errors import LaqModelError, LaqUnsupportedError
 

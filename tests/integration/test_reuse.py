@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from integration.decoding import Reads, greedy, open_llama, tokens_of
 
+from integration.decoding import Reads, greedy, open_llama, tokens_of
 from laq_gguf.errors import LaqContextFullError, LaqStateError
 
 N_PROMPT = 300

@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from integration.decoding import greedy, open_llama, tokens_of
 
+from integration.decoding import greedy, open_llama, tokens_of
 from laq_gguf.errors import LaqStateError
 
 #: name -> (prompt tokens, tokens taken before saving, settings)

@@ -122,7 +122,10 @@ def scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def opened(case: cases.EvictCase, path: Any, **settings: Any) -> Iterator[Any]:
+def opened(
+    case: cases.EvictCase, path: Any, *, n_threads: int = 1, **settings: Any
+) -> Iterator[Any]:
+    # one thread: many small graphs on a busy machine mostly wait at barriers
     from laq_gguf import Llama
 
     names = ("lookahead_size", "window_size", "snapkv_window", "n_sink")
@@ -133,8 +136,8 @@ def opened(case: cases.EvictCase, path: Any, **settings: Any) -> Iterator[Any]:
         pinned=PINNED,
         n_ctx=512,
         n_batch=128,
-        n_threads=2,
-        n_threads_batch=2,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
         seed=SEED,
         flash_attn=case.flash_attn,
         type_k=ggml_type(case.type_k),
@@ -274,7 +277,7 @@ def test_pseudo_tokens_leave_no_trace(native, tiny_model, case) -> None:
     )
     params = PolicyParams(policy=case.policy, lookahead="pseudo", pinned=PINNED, **PARAMS)
     prompt = np.random.default_rng(4).integers(3, 400, N_PROMPT).tolist()
-    with opened(case, path, lookahead="pseudo") as llm:
+    with opened(case, path, n_threads=2, lookahead="pseudo") as llm:
         import llama_cpp
 
         inspector = Inspector(llm, native)
@@ -310,10 +313,11 @@ def test_an_answer_shorter_than_the_lookahead(native, tiny_model, policy, n_ahea
 
 @pytest.mark.parametrize("n_left", [0, 1, 5])
 def test_removal_inside_the_intact_suffix(native, tiny_model, n_left) -> None:
-    # also down to its very beginning, where no intact token is left to continue from
+    # also down to its very beginning, where no intact token is left to continue from; random
+    # leaves gaps right below it
     import llama_cpp
 
-    case = cases.EvictCase("f16", "f16", True, 4, 64, "streaming")
+    case = cases.EvictCase("f16", "f16", True, 4, 64, "random")
     path = tiny_model(n_head=8, n_head_kv=2, n_embd_head=64, n_embd=32)
     model = NumpyLlama(path)
     model_cache = KVCache(PolicyParams(1, policy="full"), **model.shape)
