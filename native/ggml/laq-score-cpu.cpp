@@ -34,7 +34,7 @@ constexpr int64_t N_LINE  = 16;   // floats between the buffers of two threads: 
 #    else
 #        define LAQ_VEC_BYTES 16
 #    endif
-typedef float vec_f32 __attribute__((vector_size(LAQ_VEC_BYTES), aligned(4), may_alias));
+typedef float     vec_f32 __attribute__((vector_size(LAQ_VEC_BYTES), aligned(4), may_alias));
 constexpr int64_t N_LANE  = LAQ_VEC_BYTES / sizeof(float);
 constexpr int64_t N_BLOCK = LAQ_VEC_BYTES == 64 ? 4 : 2;  // vectors of keys of the inner kernel
 #endif
@@ -65,9 +65,7 @@ struct score_shape {
     int64_t n_stats() const { return 2 * n_head_kv * n_chunks * n_rows; }
 
     // transposed tile, one row of K, logits, log-sum-exp
-    int64_t n_scratch() const {
-        return n_embd * N_TILE + n_embd + (n_rows + N_ROWS) * N_TILE + n_rows + N_LINE;
-    }
+    int64_t n_scratch() const { return n_embd * N_TILE + n_embd + (n_rows + N_ROWS) * N_TILE + n_rows + N_LINE; }
 };
 
 // scratch of one thread
@@ -90,17 +88,10 @@ struct score_work {
 // one head of a cell as F32; the conversions of ggml-cpu use the vector units, those of ggml-base do not
 const float * load_row(ggml_type type, const char * src, int64_t n, float * buf) {
     switch (type) {
-        case GGML_TYPE_F32:
-            return (const float *) src;
-        case GGML_TYPE_F16:
-            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, buf, n);
-            return buf;
-        case GGML_TYPE_BF16:
-            ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, buf, n);
-            return buf;
-        default:
-            ggml_get_type_traits(type)->to_float(src, buf, n);
-            return buf;
+        case GGML_TYPE_F32:  return (const float *) src;
+        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, buf, n); return buf;
+        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, buf, n); return buf;
+        default:             ggml_get_type_traits(type)->to_float(src, buf, n); return buf;
     }
 }
 

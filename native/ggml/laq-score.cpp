@@ -2,14 +2,8 @@
 
 #include "ggml-impl.h"
 
-struct ggml_tensor * ggml_laq_score(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * mask,
-        struct ggml_tensor  * sinks,
-        float                 scale,
-        float                 softcap) {
+struct ggml_tensor * ggml_laq_score(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+                                    struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale, float softcap) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->ne[0] == k->ne[0]);
     GGML_ASSERT(q->ne[2] % k->ne[2] == 0);

@@ -18,14 +18,9 @@ struct ggml_compute_params;
 //
 // logit[h,j,i] = softcap*tanh(scale*q.k/softcap)  (softcap == 0: scale*q.k)
 // res[g,i]     = mean over heads h of group g (sum over queries j (softmax_i(logit[h,j,i] + mask[j,i])))
-GGML_API struct ggml_tensor * ggml_laq_score(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * mask,
-        struct ggml_tensor  * sinks,
-        float                 scale,
-        float                 softcap);
+GGML_API struct ggml_tensor * ggml_laq_score(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+                                             struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale,
+                                             float softcap);
 
 // bytes of work buffer the CPU kernel needs
 size_t ggml_laq_score_work_size(const struct ggml_tensor * dst, int n_tasks);

@@ -43,12 +43,12 @@ enum laq_status {
 
 // what the scores of the cached keys are made from
 enum laq_policy {
-    LAQ_POLICY_FULL        = 0,  // never evict
-    LAQ_POLICY_LAQ         = 1,  // attention of the lookahead queries (if there is none yet: as LAQ_PP)
-    LAQ_POLICY_LAQ_PP      = 2,  // attention of the lookahead queries and of the last n_window prompt queries
-    LAQ_POLICY_SNAPKV      = 3,  // attention of the last n_window_snapkv prompt queries (arXiv 2404.14469)
-    LAQ_POLICY_STREAMING   = 4,  // sinks and the most recent tokens (arXiv 2309.17453)
-    LAQ_POLICY_RANDOM      = 5,
+    LAQ_POLICY_FULL      = 0,  // never evict
+    LAQ_POLICY_LAQ       = 1,  // attention of the lookahead queries (if there is none yet: as LAQ_PP)
+    LAQ_POLICY_LAQ_PP    = 2,  // attention of the lookahead queries and of the last n_window prompt queries
+    LAQ_POLICY_SNAPKV    = 3,  // attention of the last n_window_snapkv prompt queries (arXiv 2404.14469)
+    LAQ_POLICY_STREAMING = 4,  // sinks and the most recent tokens (arXiv 2309.17453)
+    LAQ_POLICY_RANDOM    = 5,
 };
 
 // where the lookahead queries come from
@@ -81,20 +81,20 @@ struct laq_span {
 };
 
 struct laq_params {
-    uint32_t size;             // sizeof(struct laq_params) of the caller
-    int32_t  policy;           // enum laq_policy
-    int32_t  lookahead;        // enum laq_lookahead
-    int32_t  draft;            // enum laq_draft
-    int32_t  pooling;          // enum laq_pooling
-    int32_t  score_kernel;     // enum laq_score_kernel
-    uint32_t n_kv_budget;      // tokens per layer and KV head that stay when the prompt has been read
-    uint32_t n_lookahead;      // tokens decoded ahead
-    uint32_t n_window;         // last prompt tokens: kept whole, and their queries are used by LAQ_PP
-    uint32_t n_window_snapkv;  // the same for SNAPKV
-    uint32_t n_sink;           // first positions, always kept
-    uint32_t n_kernel;         // pooling width over neighbouring keys, odd
-    uint32_t seed;             // for RANDOM
-    uint32_t n_pinned;
+    uint32_t                size;             // sizeof(struct laq_params) of the caller
+    int32_t                 policy;           // enum laq_policy
+    int32_t                 lookahead;        // enum laq_lookahead
+    int32_t                 draft;            // enum laq_draft
+    int32_t                 pooling;          // enum laq_pooling
+    int32_t                 score_kernel;     // enum laq_score_kernel
+    uint32_t                n_kv_budget;      // tokens per layer and KV head that stay when the prompt has been read
+    uint32_t                n_lookahead;      // tokens decoded ahead
+    uint32_t                n_window;         // last prompt tokens: kept whole, and their queries are used by LAQ_PP
+    uint32_t                n_window_snapkv;  // the same for SNAPKV
+    uint32_t                n_sink;           // first positions, always kept
+    uint32_t                n_kernel;         // pooling width over neighbouring keys, odd
+    uint32_t                seed;             // for RANDOM
+    uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept
 };
 
@@ -111,10 +111,10 @@ struct laq_stats {
     uint64_t kv_bytes_full;  // what n_ctx cells take
     uint64_t ring_bytes;     // the ring of captured queries, read back from the backend's buffers
     uint32_t n_evictions;
-    uint32_t n_resizes;      // times the cache was reallocated
-    uint32_t n_pseudo;       // pseudo tokens decoded and dropped
-    int32_t  score_fused;    // 1 = the last scores came from the fused kernel
-    double   ms_lookahead;   // sums over all evictions, milliseconds
+    uint32_t n_resizes;     // times the cache was reallocated
+    uint32_t n_pseudo;      // pseudo tokens decoded and dropped
+    int32_t  score_fused;   // 1 = the last scores came from the fused kernel
+    double   ms_lookahead;  // sums over all evictions, milliseconds
     double   ms_score;
     double   ms_select;
     double   ms_compact;
@@ -158,13 +158,13 @@ enum laq_status laq_kept_positions(const struct laq_cache * laq, int32_t * dst, 
 
 struct laq_layer_info {
     uint32_t size;
-    int32_t  il;         // layer of the model
+    int32_t  il;  // layer of the model
     uint32_t n_head;
     uint32_t n_head_kv;
     uint32_t n_embd_head_k;
     uint32_t n_queries;  // captured queries that are valid now
     float    kq_scale;
-    float    softcap;    // 0 = none
+    float    softcap;  // 0 = none
 };
 
 enum laq_status laq_get_layer_info(const struct laq_cache * laq, uint32_t ikv, struct laq_layer_info * info);
@@ -181,21 +181,21 @@ enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float *
 enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
 
 struct laq_score_args {
-    uint32_t size;
-    int32_t  type_k;        // enum ggml_type
-    uint32_t n_embd_head;   // d
-    uint32_t n_queries;
-    uint32_t n_head;
-    uint32_t n_head_kv;
-    uint32_t n_kv;
-    int32_t  score_kernel;  // enum laq_score_kernel
-    int32_t  n_threads;
-    float    scale;
-    float    softcap;
-    const float * q;        // [n_head][n_queries][d]
-    const void  * k;        // rows of type_k: [n_kv][n_head_kv][d]
-    const float * mask;     // [n_queries][n_kv] added to the scaled logits, or NULL
-    const float * sinks;    // [n_head], or NULL
+    uint32_t      size;
+    int32_t       type_k;       // enum ggml_type
+    uint32_t      n_embd_head;  // d
+    uint32_t      n_queries;
+    uint32_t      n_head;
+    uint32_t      n_head_kv;
+    uint32_t      n_kv;
+    int32_t       score_kernel;  // enum laq_score_kernel
+    int32_t       n_threads;
+    float         scale;
+    float         softcap;
+    const float * q;      // [n_head][n_queries][d]
+    const void *  k;      // rows of type_k: [n_kv][n_head_kv][d]
+    const float * mask;   // [n_queries][n_kv] added to the scaled logits, or NULL
+    const float * sinks;  // [n_head], or NULL
 };
 
 // The score op alone, on the CPU backend: dst F32 [n_head_kv][n_kv], the mean over the heads of a group of the

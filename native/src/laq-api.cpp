@@ -41,7 +41,8 @@ uint32_t laq_abi_version(void) {
 
 const char * laq_build_info(void) {
     static const std::string info = [] {
-        std::string res = "version=" LAQ_VERSION " llama_cpp_python=" LAQ_UPSTREAM_VERSION " llama.cpp=" LAQ_UPSTREAM_COMMIT;
+        std::string res =
+            "version=" LAQ_VERSION " llama_cpp_python=" LAQ_UPSTREAM_VERSION " llama.cpp=" LAQ_UPSTREAM_COMMIT;
         res += " backends=";
         for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
             res += (i ? "," : "") + std::string(ggml_backend_reg_name(ggml_backend_reg_get(i)));
@@ -91,11 +92,11 @@ laq_params laq_default_params(void) {
 static void check_params(const laq_params & p, uint32_t n_ctx) {
     laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
     laq_check(p.lookahead == LAQ_LOOKAHEAD_DEFERRED || p.lookahead == LAQ_LOOKAHEAD_PSEUDO,
-          "lookahead is not one of enum laq_lookahead");
+              "lookahead is not one of enum laq_lookahead");
     laq_check(p.draft == LAQ_DRAFT_FULL || p.draft == LAQ_DRAFT_SNAPKV, "draft is not one of enum laq_draft");
     laq_check(p.pooling >= LAQ_POOLING_NONE && p.pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
     laq_check(p.score_kernel >= LAQ_SCORE_KERNEL_AUTO && p.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
-          "score_kernel is not one of enum laq_score_kernel");
+              "score_kernel is not one of enum laq_score_kernel");
     laq_check(p.n_kernel % 2 == 1, "kernel_size must be odd");
     laq_check(p.n_lookahead >= 1 && p.n_lookahead <= 1024, "lookahead_size must be in [1, 1024]");
     laq_check(p.n_window >= 1 && p.n_window <= 1024, "window_size must be in [1, 1024]");
@@ -110,12 +111,15 @@ static void check_params(const laq_params & p, uint32_t n_ctx) {
     }
     const uint32_t n_pinned = laq_policy_n_pinned(p);
     if (p.n_kv_budget < n_pinned) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " + std::to_string(n_pinned) +
-                " tokens that are always kept (n_sink, pinned, window_size, lookahead_size): raise kv_budget or lower those");
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " +
+                                                         std::to_string(n_pinned) +
+                                                         " tokens that are always kept (n_sink, pinned, window_size, "
+                                                         "lookahead_size): raise kv_budget or lower those");
     }
     if (p.n_kv_budget > n_ctx) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is above n_ctx = " + std::to_string(n_ctx) +
-                ": lower kv_budget or raise n_ctx");
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) +
+                                                         " is above n_ctx = " + std::to_string(n_ctx) +
+                                                         ": lower kv_budget or raise n_ctx");
     }
 }
 
@@ -154,10 +158,12 @@ static void check_context(const llama_context & ctx) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "the model was loaded with no_alloc");
     }
     if (ctx.n_seq_max() != 1) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "n_seq_max = " + std::to_string(ctx.n_seq_max()) + ": eviction needs n_seq_max = 1");
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "n_seq_max = " + std::to_string(ctx.n_seq_max()) + ": eviction needs n_seq_max = 1");
     }
     if (!ctx.get_cparams().causal_attn || ctx.get_cparams().embeddings) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "a context for embeddings cannot be evicted: use embedding = false");
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "a context for embeddings cannot be evicted: use embedding = false");
     }
 }
 
@@ -190,8 +196,9 @@ laq_status laq_reserve(laq_cache * laq, uint32_t n_tokens) {
         laq_check(laq, "laq must not be NULL");
         const uint64_t n = (uint64_t) laq->n_resident() + n_tokens;
         if (n > laq->n_cells_max) {
-            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, std::to_string(n_tokens) + " more tokens do not fit: " + std::to_string(laq->n_resident()) +
-                    " of n_ctx = " + std::to_string(laq->n_cells_max) + " cells are in use; raise n_ctx");
+            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                            std::to_string(n_tokens) + " more tokens do not fit: " + std::to_string(laq->n_resident()) +
+                                " of n_ctx = " + std::to_string(laq->n_cells_max) + " cells are in use; raise n_ctx");
         }
         const uint32_t n_cells = laq_pad_cells((uint32_t) n, laq->n_cells_max);
         if (n_cells > laq->n_cells() || (laq->n_resident() == 0 && n_cells < laq->n_cells())) {

@@ -19,8 +19,8 @@ uint32_t laq_pad_cells(uint32_t n_tokens, uint32_t n_cells_max) {
 //
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
-    ctx(ctx), kv(dynamic_cast<llama_kv_cache *>(ctx->get_memory())), params(p),
-    pinned(p.pinned, p.pinned + p.n_pinned), debug(getenv("LAQ_DEBUG") != nullptr) {
+    ctx(ctx), kv(dynamic_cast<llama_kv_cache *>(ctx->get_memory())), params(p), pinned(p.pinned, p.pinned + p.n_pinned),
+    debug(getenv("LAQ_DEBUG") != nullptr) {
     params.pinned = pinned.data();
 
     n_ring      = std::max(params.n_window, params.n_window_snapkv) + params.n_lookahead;
@@ -370,10 +370,10 @@ void laq_cache::swap_storage(laq_storage & other) {
         const laq_kv_tensors old = { dst.k, dst.v, dst.k_stream[0], dst.v_stream[0] };
         const laq_kv_tensors now = other.layers[ikv];
 
-        dst.k              = now.k;
-        dst.v              = now.v;
-        dst.k_stream[0]    = now.k_stream;
-        dst.v_stream[0]    = now.v_stream;
-        other.layers[ikv]  = old;
+        dst.k             = now.k;
+        dst.v             = now.v;
+        dst.k_stream[0]   = now.k_stream;
+        dst.v_stream[0]   = now.v_stream;
+        other.layers[ikv] = old;
     }
 }

@@ -92,7 +92,7 @@ struct laq_cache {
     uint32_t              n_ring;       // queries kept per layer
     uint32_t              n_cells_max;  // cells of the context: n_ctx
 
-    std::vector<laq_layer> layers;  // in the order of the KV cache
+    std::vector<laq_layer> layers;    // in the order of the KV cache
     std::vector<int32_t>   ring_pos;  // [n_ring] position of the query in each slot, -1 = none
     laq_origin             origin;
 
@@ -104,7 +104,7 @@ struct laq_cache {
     bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
     std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]
 
-    laq_stats   stats = {};
+    laq_stats   stats  = {};
     laq_status  status = LAQ_STATUS_OK;  // of the last update
     std::string error;
 

@@ -75,8 +75,7 @@ void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_ten
     // [n_embd_head_k*n_head, n]: the last tokens, a row each
     q = ggml_view_2d(gctx.ctx0, q, q->ne[0] * q->ne[1], n, q->nb[2], (q->ne[2] - n) * q->nb[2]);
 
-    ggml_build_forward_expand(gctx.gf,
-                              ggml_set_rows(gctx.ctx0, layer->ring, q, capture_input(laq, gctx, n)->slots));
+    ggml_build_forward_expand(gctx.gf, ggml_set_rows(gctx.ctx0, layer->ring, q, capture_input(laq, gctx, n)->slots));
 }
 
 //
@@ -92,9 +91,9 @@ bool laq_score_fused(const ggml_tensor * op, ggml_backend_buffer_type_t buft, la
 
     const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
     if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
-        throw laq_error(LAQ_STATUS_UNSUPPORTED,
-                        std::string("score_kernel = fused: the backend of ") + ggml_backend_buft_name(buft) +
-                            " has no such kernel; use score_kernel = auto");
+        throw laq_error(LAQ_STATUS_UNSUPPORTED, std::string("score_kernel = fused: the backend of ") +
+                                                    ggml_backend_buft_name(buft) +
+                                                    " has no such kernel; use score_kernel = auto");
     }
     return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
 }
@@ -129,8 +128,7 @@ struct score_graph {
     std::vector<ggml_tensor *> res;    // per KV layer F32 [n_kv, n_head_kv]
 };
 
-static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_cgraph * gf, int64_t n_kv,
-                                     int64_t n_q) {
+static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_cgraph * gf, int64_t n_kv, int64_t n_q) {
     score_graph sg;
     sg.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_q);
     sg.mask  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n_q);
@@ -145,8 +143,8 @@ static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_c
         ggml_tensor * q = ggml_get_rows(ctx, layer.ring, sg.slots);
         q               = ggml_reshape_3d(ctx, q, d, layer.n_head, n_q);
         q               = ggml_permute(ctx, q, 0, 2, 1, 3);
-        ggml_tensor * k = ggml_view_3d(ctx, cache, d, n_kv, layer.n_head_kv, cache->nb[1],
-                                       ggml_row_size(cache->type, d), 0);
+        ggml_tensor * k =
+            ggml_view_3d(ctx, cache, d, n_kv, layer.n_head_kv, cache->nb[1], ggml_row_size(cache->type, d), 0);
 
         ggml_tensor * res = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
 

@@ -144,7 +144,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         ggml_cgraph * gf = ggml_new_graph(c);
         ggml_build_forward_expand(gf, res);
 
-        ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+        ggml_backend_ptr        backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
         ggml_backend_buffer_ptr buf(backend ? ggml_backend_alloc_ctx_tensors(c, backend.get()) : nullptr);
         if (!buf) {
             throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph");
@@ -159,9 +159,9 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         set(mask, a.mask);
         set(sinks, a.sinks);
 
-        auto * reg           = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
-        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-            reg, "ggml_backend_set_n_threads");
+        auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+        auto * set_n_threads =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
         if (set_n_threads) {
             set_n_threads(backend.get(), a.n_threads);
         }
@@ -172,8 +172,8 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
     });
 }
 
-laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget,
-                      uint32_t n_kernel, int32_t pooling, uint32_t * dst, uint32_t * n_kept) {
+laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget, uint32_t n_kernel,
+                      int32_t pooling, uint32_t * dst, uint32_t * n_kept) {
     return laq_guarded([&] {
         laq_check(scores && pinned && dst && n_kept, "scores, pinned, dst and n_kept must not be NULL");
         laq_check(n_kernel % 2 == 1, "kernel_size must be odd");

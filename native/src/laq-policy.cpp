@@ -68,17 +68,13 @@ float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos) 
 std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view) {
     std::vector<float> res(view.n);
     switch (params.policy) {
-        case LAQ_POLICY_STREAMING:
-            std::copy(view.pos, view.pos + view.n, res.begin());
-            break;
+        case LAQ_POLICY_STREAMING: std::copy(view.pos, view.pos + view.n, res.begin()); break;
         case LAQ_POLICY_RANDOM:
             for (uint32_t i = 0; i < view.n; ++i) {
                 res[i] = laq_random_score(params.seed, ikv, head, view.pos[i]);
             }
             break;
-        default:
-            laq_pool(view.scores, res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling);
-            break;
+        default: laq_pool(view.scores, res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling); break;
     }
     return res;
 }
@@ -101,14 +97,10 @@ std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, u
 laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt) {
     const int32_t ahead = n_prompt + (int32_t) params.n_lookahead;
     switch (params.policy) {
-        case LAQ_POLICY_LAQ:
-            return { n_prompt, ahead };
-        case LAQ_POLICY_LAQ_PP:
-            return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window), ahead };
-        case LAQ_POLICY_SNAPKV:
-            return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
-        default:
-            return { 0, 0 };
+        case LAQ_POLICY_LAQ:    return { n_prompt, ahead };
+        case LAQ_POLICY_LAQ_PP: return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window), ahead };
+        case LAQ_POLICY_SNAPKV: return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
+        default:                return { 0, 0 };
     }
 }
 

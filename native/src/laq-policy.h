@@ -20,8 +20,8 @@ std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint
 
 // what is known of the tokens that one KV head holds, sorted by position
 struct laq_head_view {
-    const int32_t * pos;       // [n]
-    const float *   scores;    // [n] raw, or NULL for policies that need none
+    const int32_t * pos;     // [n]
+    const float *   scores;  // [n] raw, or NULL for policies that need none
     uint32_t        n;
     int32_t         n_intact;  // positions from here on are kept whole
 };
