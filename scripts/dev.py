@@ -43,13 +43,19 @@ DEMO_BUDGET, DEMO_ANSWER, DEMO_CELLS = 224, 24, 256
 DEMO_MIN_TOKENS = 3000
 DEMO_CHARACTERS = 13_500
 DEMO_DOCS = ("CONTRIBUTING.md", "SECURITY.md")
-DEMO_FACT = "One of the special magic numbers for lighthouse is: 7391."
-DEMO_QUESTION = "What is the special magic number for lighthouse mentioned in the provided text?"
-DEMO_WORD = "7391"
+DEMO_FACT = "The annual meeting of the contributors takes place in Lisbon."
+DEMO_QUESTION = "In which city does the annual meeting of the contributors take place?"
+DEMO_WORD = "Lisbon"
 
 
 class DevError(Exception):
     """A step failed; the message is all there is to say."""
+
+
+def shown(words: list[str]) -> str:
+    """A command as it would be typed, cut short if it is long."""
+    text = shlex.join(words).replace(f"{ROOT}{os.sep}", "")
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
@@ -59,10 +65,10 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
         DevError: its exit code is not 0.
     """
     words = [str(word) for word in command]
-    print(f"+ {shlex.join(words)}", flush=True)
+    print(f"+ {shown(words)}", flush=True)
     done = subprocess.run(words, cwd=ROOT, env=env or venv_env())
     if done.returncode != 0:
-        raise DevError(f"exit code {done.returncode}: {shlex.join(words)}")
+        raise DevError(f"exit code {done.returncode}: {shown(words)}")
 
 
 def capture(*command: str | Path) -> str:
@@ -72,10 +78,10 @@ def capture(*command: str | Path) -> str:
         DevError: its exit code is not 0.
     """
     words = [str(word) for word in command]
-    print(f"+ {shlex.join(words)}", flush=True)
+    print(f"+ {shown(words)}", flush=True)
     done = subprocess.run(words, cwd=ROOT, env=venv_env(), stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise DevError(f"exit code {done.returncode}: {shlex.join(words)}\n{done.stdout}".rstrip())
+        raise DevError(f"exit code {done.returncode}: {shown(words)}\n{done.stdout}".rstrip())
     return done.stdout
 
 
@@ -188,7 +194,7 @@ def build_package() -> None:
         return
     env = venv_env(
         SKBUILD_BUILD_DIR=str(BUILD / "laq"),
-        SKBUILD_CMAKE_DEFINE=";".join(["LAQ_BUILD_TESTS=ON", *launchers()]),
+        SKBUILD_CMAKE_DEFINE=";".join(["LAQ_BUILD_TESTS=ON", "LAQ_MTMD=ON", *launchers()]),
     )
     run(PYTHON, "-m", "pip", "install", "--no-build-isolation", f"{ROOT}[test]", env=env)
     stamp.write()

@@ -101,8 +101,8 @@ def smollm2(native: _lib.Native) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny(kind, **params): path of a tiny random GGUF, made once a session."""
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_gguf(kind, **params): path of a tiny random GGUF, made once a session."""
     import make_tiny_gguf
 
     folder = tmp_path_factory.mktemp("gguf")

@@ -139,8 +139,9 @@ void laq_detach(struct laq_cache * laq);
 enum laq_status laq_reserve(struct laq_cache * laq, uint32_t n_tokens);
 
 // Say that the prompt ends with the last token decoded and that its logits have been computed.
-// PSEUDO: decodes ahead, evicts, restores the logits. DEFERRED: llama_decode() evicts before the token that comes
-// after the first n_lookahead generated ones. Policies that need no lookahead evict at once.
+// PSEUDO: decodes ahead, evicts, restores the logits of the last token (index -1; the rows before it are gone).
+// DEFERRED: llama_decode() evicts before the token that comes after the first n_lookahead generated ones.
+// Policies that need no lookahead evict at once.
 // Nothing happens while the cache holds no more than the budget.
 enum laq_status laq_prompt_end(struct laq_cache * laq);
 

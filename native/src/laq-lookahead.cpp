@@ -15,19 +15,19 @@ static std::vector<float> last_logits(const laq_cache & laq) {
     return std::vector<float>(logits, logits + laq.ctx->get_model().vocab.n_tokens());
 }
 
-// Decodes up to n_lookahead greedy tokens. Ends early at an end-of-generation token, but not before the first one:
-// without a query there is nothing to score with.
+// Decodes up to n_lookahead greedy tokens, as many as find cells. Ends early at an end-of-generation token, but not
+// before the first one: its query is worth more than none.
 static void decode_ahead(laq_cache & laq, std::vector<float> logits) {
     const llama_vocab & vocab = laq.ctx->get_model().vocab;
+    const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells_max - laq.n_resident());
 
-    for (uint32_t i = 0; i < laq.params.n_lookahead; ++i) {
+    for (uint32_t i = 0; i < n; ++i) {
         llama_token token = std::max_element(logits.begin(), logits.end()) - logits.begin();
         if (i > 0 && vocab.is_eog(token)) {
             break;
         }
         if (llama_decode(laq.ctx, llama_batch_get_one(&token, 1)) != 0) {
-            throw laq_error(LAQ_STATUS_COMPUTE_FAILED,
-                            "the lookahead was aborted or found no room: it needs lookahead_size cells below n_ctx");
+            throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the lookahead was aborted or could not be decoded");
         }
         ++laq.stats.n_pseudo;
         logits = last_logits(laq);

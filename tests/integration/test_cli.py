@@ -58,9 +58,9 @@ def test_generate_with_the_chat_template(
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(
-    tiny: Callable[..., Path], document: Path, run_python: Callable, tmp_path: Path
+    tiny_gguf: Callable[..., Path], document: Path, run_python: Callable, tmp_path: Path
 ) -> None:
-    model = str(tiny("llama"))
+    model = str(tiny_gguf("llama"))
     truncated = tmp_path / "truncated.gguf"
     truncated.write_bytes(Path(model).read_bytes()[:100_000])
     text = ["--file", str(document)]
@@ -91,10 +91,10 @@ def test_doctor(native: object, run_python: Callable) -> None:
 
 
 def test_verbose_shows_the_log(
-    tiny: Callable[..., Path], document: Path, run_python: Callable
+    tiny_gguf: Callable[..., Path], document: Path, run_python: Callable
 ) -> None:
     done = run_python(
-        *MODULE, "generate", "--model", str(tiny("llama")), "--prompt", "why?", "--verbose",
+        *MODULE, "generate", "--model", str(tiny_gguf("llama")), "--prompt", "why?", "--verbose",
         "--max-tokens", "2", "--n-ctx", "512", "--raw",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -15,11 +15,11 @@ N_PROMPT = 300
 @pytest.mark.parametrize("flash_attn", [True, False])
 @pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
 def test_budget_above_the_prompt_gives_the_tokens_of_stock(
-    tiny: Callable[..., Path], lookahead: str, flash_attn: bool
+    tiny_gguf: Callable[..., Path], lookahead: str, flash_attn: bool
 ) -> None:
     import llama_cpp
 
-    path, prompt = tiny("llama"), tokens_of(N_PROMPT)
+    path, prompt = tiny_gguf("llama"), tokens_of(N_PROMPT)
     stock = llama_cpp.Llama(
         str(path), n_ctx=1024, n_batch=256, verbose=False, flash_attn=flash_attn
     )
@@ -35,10 +35,10 @@ def test_budget_above_the_prompt_gives_the_tokens_of_stock(
         assert llm.kv_stats().n_resident == N_PROMPT + 39
 
 
-def test_full_policy_never_evicts(tiny: Callable[..., Path]) -> None:
+def test_full_policy_never_evicts(tiny_gguf: Callable[..., Path]) -> None:
     prompt = tokens_of(N_PROMPT)
-    llm = open_llama(tiny("llama"), kv_budget=64, kv_policy="full")
-    assert greedy(llm, prompt, 20) == greedy(open_llama(tiny("llama")), prompt, 20)
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, kv_policy="full")
+    assert greedy(llm, prompt, 20) == greedy(open_llama(tiny_gguf("llama")), prompt, 20)
     assert llm.kv_stats().n_resident == N_PROMPT + 19
     assert llm.kv_stats().n_evictions == 0
 
@@ -60,9 +60,15 @@ def check_kept(llm: object, budget: int, window: int, n_sink: int = 4) -> None:
 
 @pytest.mark.parametrize("flash_attn", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_pseudo_keeps_the_budget(tiny: Callable[..., Path], policy: str, flash_attn: bool) -> None:
+def test_pseudo_keeps_the_budget(
+    tiny_gguf: Callable[..., Path], policy: str, flash_attn: bool
+) -> None:
     llm = open_llama(
-        tiny("llama"), kv_budget=64, kv_policy=policy, lookahead="pseudo", flash_attn=flash_attn
+        tiny_gguf("llama"),
+        kv_budget=64,
+        kv_policy=policy,
+        lookahead="pseudo",
+        flash_attn=flash_attn,
     )
     llm.eval(tokens_of(N_PROMPT))
     check_kept(llm, 64, window=32 if policy == "snapkv" else 8)
@@ -74,28 +80,33 @@ def test_pseudo_keeps_the_budget(tiny: Callable[..., Path], policy: str, flash_a
 @pytest.mark.parametrize("draft", ["full", "snapkv"])
 @pytest.mark.parametrize(("type_k", "type_v"), [(0, 0), (8, 8), (2, 6), (30, 1)])
 def test_pseudo_with_every_kind_of_cache(
-    tiny: Callable[..., Path], type_k: int, type_v: int, draft: str
+    tiny_gguf: Callable[..., Path], type_k: int, type_v: int, draft: str
 ) -> None:
     llm = open_llama(
-        tiny("llama"), kv_budget=64, lookahead="pseudo", draft=draft, type_k=type_k, type_v=type_v
+        tiny_gguf("llama"),
+        kv_budget=64,
+        lookahead="pseudo",
+        draft=draft,
+        type_k=type_k,
+        type_v=type_v,
     )
     llm.eval(tokens_of(N_PROMPT))
     check_kept(llm, 64, window=8)
     assert len(greedy(llm, [*tokens_of(N_PROMPT), 300], 10)) == 10
 
 
-def test_heads_keep_different_tokens(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_heads_keep_different_tokens(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     llm.eval(tokens_of(N_PROMPT))
     kept = llm.kept_positions()
     assert not (kept == kept[:1, :1]).all()
 
 
-def test_settings_change_what_is_kept(tiny: Callable[..., Path]) -> None:
+def test_settings_change_what_is_kept(tiny_gguf: Callable[..., Path]) -> None:
     prompt = tokens_of(N_PROMPT)
 
     def kept(**settings: object) -> np.ndarray:
-        llm = open_llama(tiny("llama"), kv_budget=80, lookahead="pseudo", **settings)
+        llm = open_llama(tiny_gguf("llama"), kv_budget=80, lookahead="pseudo", **settings)
         llm.eval(prompt)
         return llm.kept_positions()
 
@@ -114,11 +125,11 @@ def test_settings_change_what_is_kept(tiny: Callable[..., Path]) -> None:
     assert (streaming == [*range(4), *range(N_PROMPT - 76, N_PROMPT)]).all()
 
 
-def test_score_kernels_agree(tiny: Callable[..., Path]) -> None:
+def test_score_kernels_agree(tiny_gguf: Callable[..., Path]) -> None:
     kept = {}
     for kernel in ("fused", "composed"):
         llm = open_llama(
-            tiny("llama"), kv_budget=64, lookahead="pseudo", score_kernel=kernel, type_k=0
+            tiny_gguf("llama"), kv_budget=64, lookahead="pseudo", score_kernel=kernel, type_k=0
         )
         llm.eval(tokens_of(N_PROMPT))
         assert llm.kv_stats().score_kernel == kernel
@@ -126,10 +137,10 @@ def test_score_kernels_agree(tiny: Callable[..., Path]) -> None:
     assert (kept["fused"] != kept["composed"]).mean() < 0.02
 
 
-def test_deferred_evicts_after_the_lookahead(tiny: Callable[..., Path]) -> None:
+def test_deferred_evicts_after_the_lookahead(tiny_gguf: Callable[..., Path]) -> None:
     prompt = tokens_of(N_PROMPT)
-    full = greedy(open_llama(tiny("llama")), prompt, 9)
-    llm = open_llama(tiny("llama"), kv_budget=64)
+    full = greedy(open_llama(tiny_gguf("llama")), prompt, 9)
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64)
     tokens = llm.generate(prompt, temp=0.0)
     got = []
     for n_decoded in range(9):
@@ -148,22 +159,22 @@ def test_deferred_evicts_after_the_lookahead(tiny: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("n_answer", [1, 2, 5])
-def test_short_answer_settles_the_eviction(tiny: Callable[..., Path], n_answer: int) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64)
+def test_short_answer_settles_the_eviction(tiny_gguf: Callable[..., Path], n_answer: int) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64)
     greedy(llm, tokens_of(N_PROMPT), n_answer)
     stats = llm.kv_stats()
     assert not stats.pending and stats.n_evictions == 1 and stats.n_resident == 64
 
 
-def test_single_tokens_are_no_prompt(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=32, lookahead="pseudo")
+def test_single_tokens_are_no_prompt(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=32, lookahead="pseudo")
     for token in tokens_of(50):
         llm.eval([token])
     assert llm.kv_stats().n_evictions == 0 and llm.kv_stats().n_resident == 50
 
 
-def test_prompt_in_two_evals(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64)
+def test_prompt_in_two_evals(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64)
     prompt = tokens_of(N_PROMPT)
     llm.eval(prompt[:100])
     llm.eval(prompt[100:])

@@ -148,18 +148,18 @@ def test_chat_handler_and_positional_path(smollm2: Path) -> None:
     assert seen[0][0] is llm
 
 
-def test_flash_attention_is_on_by_default(tiny: Callable[..., Path]) -> None:
+def test_flash_attention_is_on_by_default(tiny_gguf: Callable[..., Path]) -> None:
     import llama_cpp
 
     enabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    assert open_llama(tiny("llama")).context_params.flash_attn_type == enabled
-    off = open_llama(tiny("llama"), flash_attn=False)
+    assert open_llama(tiny_gguf("llama")).context_params.flash_attn_type == enabled
+    off = open_llama(tiny_gguf("llama"), flash_attn=False)
     assert off.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
 
-def test_pickle_carries_the_settings(tiny: Callable[..., Path]) -> None:
+def test_pickle_carries_the_settings(tiny_gguf: Callable[..., Path]) -> None:
     llm = open_llama(
-        tiny("llama"), kv_budget=0.125, kv_policy="laq", lookahead="pseudo", pinned=[(9, 12)]
+        tiny_gguf("llama"), kv_budget=0.125, kv_policy="laq", lookahead="pseudo", pinned=[(9, 12)]
     )
     copy = pickle.loads(pickle.dumps(llm))
     assert type(copy) is type(llm) and copy.laq_config == llm.laq_config
@@ -169,13 +169,13 @@ def test_pickle_carries_the_settings(tiny: Callable[..., Path]) -> None:
 
 
 def test_from_pretrained(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
     from laq_gguf import Llama
 
-    path = tiny("llama")
+    path = tiny_gguf("llama")
 
     class Repo:
         def ls(self, repo_id: str, recursive: bool) -> list[dict[str, str]]:
@@ -191,11 +191,11 @@ def test_from_pretrained(
         Llama.from_pretrained("some/model", "*.gguf", local_dir=str(path.parent), kv_bugdet=64)
 
 
-def test_sending_tokens_into_generate(tiny: Callable[..., Path]) -> None:
+def test_sending_tokens_into_generate(tiny_gguf: Callable[..., Path]) -> None:
     """llama_cpp takes what is sent for a draft: it keeps what the model would have said."""
 
     def answers(**kwargs: Any) -> tuple[list[int], int]:
-        model = open_llama(tiny("llama"), logits_all=True, **kwargs)
+        model = open_llama(tiny_gguf("llama"), logits_all=True, **kwargs)
         tokens = model.generate(tokens_of(200), temp=0.0)
         got = [next(tokens)]
         got.append(tokens.send([got[0], 300]))

@@ -16,21 +16,21 @@ from laq_gguf.errors import LaqModelError, LaqUnsupportedError
     [("bert", "encoder"), ("mamba", "recurrent"), ("mpt", "ALiBi"), ("gemma3", "sliding")],
 )
 def test_models_that_cannot_be_evicted_are_named(
-    tiny: Callable[..., Path], kind: str, name: str
+    tiny_gguf: Callable[..., Path], kind: str, name: str
 ) -> None:
     with pytest.raises(LaqUnsupportedError, match=f"(?i){name}") as error:
-        open_llama(tiny(kind), kv_budget=64)
+        open_llama(tiny_gguf(kind), kv_budget=64)
     assert isinstance(error.value, RuntimeError) and isinstance(error.value, ValueError)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mpt", "gemma3"])
-def test_the_same_models_work_without_a_budget(tiny: Callable[..., Path], kind: str) -> None:
-    llm = open_llama(tiny(kind))
+def test_the_same_models_work_without_a_budget(tiny_gguf: Callable[..., Path], kind: str) -> None:
+    llm = open_llama(tiny_gguf(kind))
     assert len(greedy(llm, tokens_of(30), 4)) == 4
 
 
-def test_truncated_file(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    whole = tiny("llama").read_bytes()
+def test_truncated_file(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
+    whole = tiny_gguf("llama").read_bytes()
     for n_bytes in (4, 1000, len(whole) - 1000):
         path = tmp_path / f"{n_bytes}.gguf"
         path.write_bytes(whole[:n_bytes])
@@ -38,17 +38,17 @@ def test_truncated_file(tiny: Callable[..., Path], tmp_path: Path) -> None:
             open_llama(path, kv_budget=64)
 
 
-def test_setting_that_llama_cpp_refuses_says_why(tiny: Callable[..., Path]) -> None:
+def test_setting_that_llama_cpp_refuses_says_why(tiny_gguf: Callable[..., Path]) -> None:
     with pytest.raises(LaqModelError, match=r"(?i)quantized V cache"):
-        open_llama(tiny("llama"), type_v=8, flash_attn=False)
+        open_llama(tiny_gguf("llama"), type_v=8, flash_attn=False)
 
 
-def test_budget_above_the_context_of_the_model(tiny: Callable[..., Path]) -> None:
+def test_budget_above_the_context_of_the_model(tiny_gguf: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="above n_ctx=2048"):
-        open_llama(tiny("llama"), n_ctx=0, kv_budget=2049)
+        open_llama(tiny_gguf("llama"), n_ctx=0, kv_budget=2049)
 
 
-def test_refused_models_leak_no_memory(tiny: Callable[..., Path]) -> None:
+def test_refused_models_leak_no_memory(tiny_gguf: Callable[..., Path]) -> None:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("reads the memory of a process from /proc")
@@ -59,7 +59,7 @@ def test_refused_models_leak_no_memory(tiny: Callable[..., Path]) -> None:
 
     def refuse() -> Exception:
         with pytest.raises(LaqError) as error:
-            open_llama(tiny("mpt"), kv_budget=64, n_ctx=32768)
+            open_llama(tiny_gguf("mpt"), kv_budget=64, n_ctx=32768)
         return error.value
 
     errors = [refuse()]  # tracebacks are kept: freeing may not wait for them
@@ -70,12 +70,12 @@ def test_refused_models_leak_no_memory(tiny: Callable[..., Path]) -> None:
     assert len(errors) == 7
 
 
-def test_closing_in_any_order(tiny: Callable[..., Path], run_python: Callable) -> None:
+def test_closing_in_any_order(tiny_gguf: Callable[..., Path], run_python: Callable) -> None:
     code = f"""
 import gc
 from laq_gguf import Llama, LaqError
 def make():
-    llm = Llama({str(tiny("llama"))!r}, kv_budget=64, n_ctx=512, verbose=False)
+    llm = Llama({str(tiny_gguf("llama"))!r}, kv_budget=64, n_ctx=512, verbose=False)
     llm.eval(list(range(260, 370)))
     return llm
 a = make(); a.close(); a.close()

@@ -14,9 +14,9 @@ MODES = pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
 
 @MODES
 def test_prompt_that_extends_the_last_one_reuses_the_cache(
-    tiny: Callable[..., Path], lookahead: str
+    tiny_gguf: Callable[..., Path], lookahead: str
 ) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=96, lookahead=lookahead)
+    llm = open_llama(tiny_gguf("llama"), kv_budget=96, lookahead=lookahead)
     llm.progress = reads = Reads()
     prompt = tokens_of(N_PROMPT)
     answer = greedy(llm, prompt, 20)
@@ -32,14 +32,14 @@ def test_prompt_that_extends_the_last_one_reuses_the_cache(
 @MODES
 @pytest.mark.parametrize("n_shared", [0, 1, 150])
 def test_diverging_prompt_equals_a_new_context(
-    tiny: Callable[..., Path], lookahead: str, n_shared: int
+    tiny_gguf: Callable[..., Path], lookahead: str, n_shared: int
 ) -> None:
     first = tokens_of(N_PROMPT)
     second = [*first[:n_shared], *tokens_of(N_PROMPT - n_shared + 7, seed=2)]
-    used = open_llama(tiny("llama"), kv_budget=64, lookahead=lookahead)
+    used = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead=lookahead)
     greedy(used, first, 12)
     used.progress = reads = Reads()
-    fresh = open_llama(tiny("llama"), kv_budget=64, lookahead=lookahead)
+    fresh = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead=lookahead)
     assert greedy(used, second, 30) == greedy(fresh, second, 30)
     assert reads.totals == [len(second)]
     assert (used.kept_positions() == fresh.kept_positions()).all()
@@ -48,8 +48,8 @@ def test_diverging_prompt_equals_a_new_context(
 
 
 @MODES
-def test_same_prompt_again_reuses_the_cache(tiny: Callable[..., Path], lookahead: str) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead=lookahead)
+def test_same_prompt_again_reuses_the_cache(tiny_gguf: Callable[..., Path], lookahead: str) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead=lookahead)
     prompt = tokens_of(N_PROMPT)
     greedy(llm, prompt, 20)
     llm.progress = reads = Reads()
@@ -58,19 +58,19 @@ def test_same_prompt_again_reuses_the_cache(tiny: Callable[..., Path], lookahead
     assert greedy(llm, prompt, 20) == second
 
 
-def test_reset_gives_a_new_context(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_reset_gives_a_new_context(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     llm.eval(tokens_of(N_PROMPT))
     llm.reset()
     stats = llm.kv_stats()
     assert (stats.n_resident, stats.n_tokens, stats.n_intact, stats.pending) == (0, 0, 0, False)
     assert llm.kept_positions().shape == (stats.n_layer, stats.n_head_kv, 0)
     short = tokens_of(40)
-    assert greedy(llm, short, 10) == greedy(open_llama(tiny("llama")), short, 10)
+    assert greedy(llm, short, 10) == greedy(open_llama(tiny_gguf("llama")), short, 10)
 
 
-def test_setting_n_tokens_back_to_evicted_tokens_is_refused(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_setting_n_tokens_back_to_evicted_tokens_is_refused(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     prompt = tokens_of(N_PROMPT)
     llm.eval(prompt)
     llm.n_tokens = 10
@@ -87,9 +87,9 @@ def test_setting_n_tokens_back_to_evicted_tokens_is_refused(tiny: Callable[..., 
 
 @pytest.mark.parametrize("budget", [None, 64])
 def test_prompt_above_n_ctx_leaves_the_object_usable(
-    tiny: Callable[..., Path], budget: int | None
+    tiny_gguf: Callable[..., Path], budget: int | None
 ) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=budget, n_ctx=512)
+    llm = open_llama(tiny_gguf("llama"), kv_budget=budget, n_ctx=512)
     prompt = tokens_of(N_PROMPT)
     expected = greedy(llm, prompt, 5)
     for call in (
@@ -105,8 +105,8 @@ def test_prompt_above_n_ctx_leaves_the_object_usable(
     assert greedy(llm, prompt, 5) == expected
 
 
-def test_generating_to_the_end_of_the_context(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, n_ctx=256)
+def test_generating_to_the_end_of_the_context(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, n_ctx=256)
     with pytest.raises(LaqContextFullError, match="257 tokens do not fit n_ctx=256"):
         for _ in llm.generate(tokens_of(240), temp=0.0):
             pass
@@ -115,21 +115,21 @@ def test_generating_to_the_end_of_the_context(tiny: Callable[..., Path]) -> None
     assert len(greedy(llm, tokens_of(100), 3)) == 3
 
 
-def test_n_ctx_is_rounded_up_once_for_all(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=0.5, n_ctx=300)
+def test_n_ctx_is_rounded_up_once_for_all(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=0.5, n_ctx=300)
     assert llm.n_ctx() == 512 and llm.kv_budget == 256
     greedy(llm, tokens_of(500), 5)
 
 
-def test_no_budget_means_nothing_is_attached(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"))
+def test_no_budget_means_nothing_is_attached(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"))
     for call in (llm.kv_stats, llm.kept_positions):
         with pytest.raises(LaqStateError, match="kv_budget"):
             call()
 
 
-def test_interrupted_prompt_is_not_taken_for_a_read_one(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, n_batch=64)
+def test_interrupted_prompt_is_not_taken_for_a_read_one(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, n_batch=64)
 
     def stop(n_done: int, n_total: int) -> None:
         if n_done == 128:
@@ -142,4 +142,4 @@ def test_interrupted_prompt_is_not_taken_for_a_read_one(tiny: Callable[..., Path
     llm.progress = reads = Reads()
     tokens = greedy(llm, prompt, 12)
     assert reads.totals == [N_PROMPT - 128], "what was read is reused"
-    assert tokens == greedy(open_llama(tiny("llama"), kv_budget=64, n_batch=64), prompt, 12)
+    assert tokens == greedy(open_llama(tiny_gguf("llama"), kv_budget=64, n_batch=64), prompt, 12)

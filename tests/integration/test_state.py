@@ -24,10 +24,10 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_continuing_a_saved_state(tiny: Callable[..., Path], point: str) -> None:
+def test_continuing_a_saved_state(tiny_gguf: Callable[..., Path], point: str) -> None:
     n_prompt, n_taken, settings = POINTS[point]
     prompt = tokens_of(n_prompt)
-    llm = open_llama(tiny("llama"), **settings)
+    llm = open_llama(tiny_gguf("llama"), **settings)
     tokens = llm.generate(prompt, temp=0.0)
     taken = list(islice(tokens, n_taken))
     state = pickle.loads(pickle.dumps(llm.save_state()))
@@ -35,7 +35,7 @@ def test_continuing_a_saved_state(tiny: Callable[..., Path], point: str) -> None
     expected = list(islice(tokens, 30))
     tokens.close()
 
-    other = open_llama(tiny("llama"), **settings)
+    other = open_llama(tiny_gguf("llama"), **settings)
     greedy(other, tokens_of(200, seed=5), 12)  # whatever it held before is gone
     other.load_state(state)
     after = other.kv_stats()
@@ -46,8 +46,8 @@ def test_continuing_a_saved_state(tiny: Callable[..., Path], point: str) -> None
     assert (other.kept_positions() == llm.kept_positions()).all()
 
 
-def test_going_back_in_the_same_object(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_going_back_in_the_same_object(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     prompt = tokens_of(300)
     taken = greedy(llm, prompt, 4)
     state = llm.save_state()
@@ -57,47 +57,47 @@ def test_going_back_in_the_same_object(tiny: Callable[..., Path]) -> None:
     assert greedy(llm, prompt + taken, 20) == expected
 
 
-def test_restored_cache_still_refuses_what_was_evicted(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_restored_cache_still_refuses_what_was_evicted(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     llm.eval(tokens_of(300))
     state = llm.save_state()
-    other = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+    other = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     other.load_state(state)
     other.n_tokens = 20
     with pytest.raises(LaqStateError, match="set back to 20"):
         other.eval([300])
 
 
-def test_evicted_state_does_not_fit_a_cache_without_budget(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+def test_evicted_state_does_not_fit_a_cache_without_budget(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     llm.eval(tokens_of(300))
-    plain = open_llama(tiny("llama"))
+    plain = open_llama(tiny_gguf("llama"))
     with pytest.raises(LaqStateError, match="does not fit this model"):
         plain.load_state(llm.save_state())
     prompt = tokens_of(50)
-    assert greedy(plain, prompt, 5) == greedy(open_llama(tiny("llama")), prompt, 5)
+    assert greedy(plain, prompt, 5) == greedy(open_llama(tiny_gguf("llama")), prompt, 5)
 
 
-def test_state_of_another_shape_is_refused(tiny: Callable[..., Path]) -> None:
-    llm = open_llama(tiny("llama"), kv_budget=64)
+def test_state_of_another_shape_is_refused(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64)
     llm.eval(tokens_of(300))
     state = llm.save_state()
-    small = open_llama(tiny("llama"), kv_budget=64, n_ctx=256)
+    small = open_llama(tiny_gguf("llama"), kv_budget=64, n_ctx=256)
     with pytest.raises(ValueError, match="300 tokens do not fit n_ctx=256"):
         small.load_state(state)
-    deeper = open_llama(tiny("llama", n_layer=3), kv_budget=64)
+    deeper = open_llama(tiny_gguf("llama", n_layer=3), kv_budget=64)
     with pytest.raises(LaqStateError, match="does not fit this model"):
         deeper.load_state(state)
     assert len(greedy(deeper, tokens_of(20), 3)) == 3
-    all_logits = open_llama(tiny("llama"), kv_budget=64, logits_all=True)
+    all_logits = open_llama(tiny_gguf("llama"), kv_budget=64, logits_all=True)
     with pytest.raises(LaqStateError, match="logits_all"):
         all_logits.load_state(state)
 
 
-def test_llama_cpp_prompt_cache(tiny: Callable[..., Path]) -> None:
+def test_llama_cpp_prompt_cache(tiny_gguf: Callable[..., Path]) -> None:
     from llama_cpp import LlamaRAMCache
 
-    llm = open_llama(tiny("llama"), kv_budget=64, lookahead="pseudo")
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
     llm.set_cache(LlamaRAMCache())
     prompt, other = tokens_of(300), tokens_of(300, seed=3)
     settings = {"max_tokens": 12, "temperature": 0.0}

@@ -57,9 +57,10 @@ def test_laq_structs_have_the_layout_of_c(native: Native, tmp_path: Path) -> Non
 def test_llama_structs_have_the_layout_of_ctypes(native: Native, tmp_path: Path) -> None:
     import llama_cpp.llama_cpp as mirror
 
-    tree = ROOT / "build" / "upstream"
-    if not (tree / "include" / "llama.h").exists():
-        pytest.skip(f"no patched llama.cpp in {tree}: python scripts/patch.py prepare")
+    trees = [ROOT / "build" / name for name in ("upstream", "llama.cpp")]
+    tree = next((tree for tree in trees if (tree / "include" / "llama.h").exists()), None)
+    if tree is None:
+        pytest.skip(f"no patched llama.cpp in {trees[0]}: python scripts/patch.py prepare")
     names = ("llama_context_params", "llama_model_params", "llama_batch", "llama_token_data",
              "llama_token_data_array", "llama_chat_message", "llama_logit_bias",
              "llama_model_quantize_params", "llama_perf_context_data")  # fmt: skip

@@ -11,12 +11,12 @@ import pytest
 from laq_gguf._lib import Native
 
 N_DECODE = 64
-#: runs in its own process, with llama_cpp alone: argv = model, output, flash_attn, type
+#: runs in its own process, with llama_cpp alone: argv = model, output, flash_attn, type, n_decode
 SCRIPT = """
 import sys
 import numpy as np
 import llama_cpp
-model, output, flash_attn, kv_type = sys.argv[1:]
+model, output, flash_attn, kv_type, n_decode = sys.argv[1:]
 llm = llama_cpp.Llama(
     model, n_ctx=512, n_batch=128, n_threads=2, n_threads_batch=2, flash_attn=flash_attn == "1",
     type_k=int(kv_type), type_v=int(kv_type), logits_all=True, verbose=False,
@@ -24,18 +24,18 @@ llm = llama_cpp.Llama(
 prompt = llm.tokenize(("The mill stands where the river meets the road, and the miller "
                        "counts the sacks. " * 12).encode())[:200]
 llm.eval(prompt)
-for _ in range(%d):
+for _ in range(int(n_decode)):
     llm.eval([int(llm.scores[llm.n_tokens - 1].argmax())])
 np.save(output, llm.scores[: llm.n_tokens])
 print(llama_cpp.llama_cpp._lib._name, len(prompt))
-""" % (N_DECODE,)
+"""
 
 
 def logits(
     run_python: Callable, folder: Path, output: Path, model: Path, flash_attn: bool, kv_type: int
 ) -> np.ndarray:
     """Logits of every prompt token and of 64 greedy ones, from the library in `folder`."""
-    args = (str(model), str(output), str(int(flash_attn)), str(kv_type))
+    args = (str(model), str(output), str(int(flash_attn)), str(kv_type), str(N_DECODE))
     done = run_python("-c", SCRIPT, *args, LLAMA_CPP_LIB_PATH=str(folder))
     assert done.returncode == 0, done.stderr
     name, n_prompt = done.stdout.split()
@@ -81,6 +81,6 @@ def test_logits_of_a_real_model_are_bit_identical(
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mpt", "mamba"])
 def test_logits_of_other_caches_are_bit_identical(
     native: Native, plain_lib: Path, run_python: Callable, tmp_path: Path,
-    tiny: Callable[..., Path], kind: str,
+    tiny_gguf: Callable[..., Path], kind: str,
 ) -> None:  # fmt: skip
-    assert_identical(native, plain_lib, run_python, tmp_path, tiny(kind), True, 1)
+    assert_identical(native, plain_lib, run_python, tmp_path, tiny_gguf(kind), True, 1)
