@@ -77,6 +77,17 @@ def test_pseudo_keeps_the_budget(
     assert llm.kv_stats().n_pseudo == (8 if policy.startswith("laq") else 0)
 
 
+@pytest.mark.parametrize("policy", ["laq", "laq++"])
+@pytest.mark.parametrize(("n_prompt", "n_ahead"), [(1016, 8), (1020, 4), (1024, 0)])
+def test_pseudo_looks_ahead_as_far_as_n_ctx_allows(
+    tiny_gguf: Callable[..., Path], policy: str, n_prompt: int, n_ahead: int
+) -> None:
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, kv_policy=policy, lookahead="pseudo")
+    llm.eval(tokens_of(n_prompt))
+    stats = llm.kv_stats()
+    assert (stats.n_tokens, stats.n_resident, stats.n_pseudo) == (n_prompt, 64, n_ahead)
+
+
 @pytest.mark.parametrize("draft", ["full", "snapkv"])
 @pytest.mark.parametrize(("type_k", "type_v"), [(0, 0), (8, 8), (2, 6), (30, 1)])
 def test_pseudo_with_every_kind_of_cache(
