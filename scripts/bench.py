@@ -1,4 +1,4 @@
-"""Benchmarks: `bench.py quality | speed | report`. Exit status 0 whatever is measured."""
+"""Benchmarks: `bench.py quality | speed | report | readme`. Exit status 0 whatever is measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from laq_gguf import LaqError
 from laq_gguf.bench import quality, report, speed
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("report", description=report.__doc__)
     command.add_argument("files", type=Path, nargs="+", help="result files")
     command.set_defaults(function=_report)
+    command = commands.add_parser("readme", description="Write README's tables from the results.")
+    command.set_defaults(function=_readme)
     args = parser.parse_args(argv)
     try:
         args.function(args)
@@ -32,6 +37,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     print("\n\n".join(report.render(path) for path in args.files))
+
+
+def measured(text: str) -> str:
+    """README.md with the tables of the committed results between its marks."""
+    files = sorted(RESULTS.glob("*.json"))
+    section = report.readme_section([report.read(path) for path in files])
+    before, begin, rest = text.partition("<!-- measured -->\n")
+    _, end, after = rest.partition("<!-- /measured -->\n")
+    if not begin or not end:
+        raise ValueError("README.md has no <!-- measured --> ... <!-- /measured -->")
+    return f"{before}{begin}{section}\n{end}{after}"
+
+
+def _readme(args: argparse.Namespace) -> None:
+    README.write_text(measured(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,16 @@ def render(path: Path) -> str:
     Raises:
         ValueError: not a result file, or one of another schema.
     """
+    document = read(path)
+    return f"{TABLES[document['kind']](document)}\n\n{provenance_lines(document)}"
+
+
+def read(path: Path) -> Document:
+    """A result file.
+
+    Raises:
+        ValueError: not a result file, or one of another schema.
+    """
     if not path.is_file():
         raise ValueError(f"no result file at {path}")
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +37,7 @@ def render(path: Path) -> str:
         raise ValueError(
             f"{path.name} is no result of schema {SCHEMA} (kinds: {', '.join(TABLES)})"
         )
-    return f"{TABLES[kind](document)}\n\n{provenance_lines(document)}"
+    return document
 
 
 def provenance_lines(document: Document) -> str:
@@ -100,6 +110,50 @@ def quality_table(document: Document) -> str:
         ),
         quality_rows(document),
     )
+
+
+def quality_summary(document: Document) -> str:
+    """Markdown table of a quality result: one row per method, what it finds of each task."""
+    rows = quality_rows(document)
+    tasks = _ordered(row["task"] for row in rows)
+    summary = []
+    for method, budget in _ordered((row["method"], row["budget"]) for row in rows):
+        group = [r for r in rows if (r["method"], r["budget"]) == (method, budget)]
+        summary.append(
+            {
+                "method": method,
+                "budget": budget,
+                "n_resident_max": max((r["n_resident_max"] or 0 for r in group), default=0) or None,
+                "kl": statistics.fmean(r["kl"] for r in group),
+                "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
+                **{r["task"]: r for r in group},
+            }
+        )
+    n = {row["task"]: row["n"] for row in rows}
+    return _table(
+        (
+            ("kv_policy", lambda r: r["method"]),
+            ("kv_budget", lambda r: "-" if r["budget"] is None else str(r["budget"])),
+            *((f"{t} ({n[t]})", _found(t)) for t in tasks),
+            ("KL to full, nats", lambda r: f"{r['kl']:.3f}"),
+            ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
+        ),
+        summary,
+    )
+
+
+def _found(task: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[task]['score']:.2f}"
+
+
+def readme_section(documents: Sequence[Document]) -> str:
+    """The measured part of README.md, from result files alone."""
+    parts = [
+        f"{quality_summary(d) if d['kind'] == 'quality' else TABLES[d['kind']](d)}\n\n"
+        f"{provenance_lines(d)}"
+        for d in documents
+    ]
+    return "\n\n".join(parts)
 
 
 def speed_table(document: Document) -> str:
