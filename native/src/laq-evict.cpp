@@ -2,6 +2,7 @@
 
 #include "laq-cache.h"
 
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama-impl.h"
 
@@ -151,6 +152,13 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1) {
 bool laq_kv_refuse(const laq_cache &, const char * what) {
     LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions\n", what);
     return true;
+}
+
+uint32_t laq_kv_pad(const laq_cache & laq) {
+    // The CPU gives each thread an equal share of the cells, empty ones included, and those at the end cost nothing:
+    // on a small cache upstream's 256 leave half of the threads idle. As upstream as long as nothing was evicted.
+    const bool small = laq.origin.n_intact > 0 && ggml_backend_buffer_is_host(laq.k(0)->buffer);
+    return small ? 32 : 256;
 }
 
 void laq_kv_no_slot(laq_cache & laq, uint32_t n_tokens) {

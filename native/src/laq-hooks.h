@@ -26,6 +26,9 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1);
 // llama_kv_cache::seq_add, seq_div: logs an error that names the function; always true
 bool laq_kv_refuse(const laq_cache & laq, const char * what);
 
+// llama_kv_cache::get_n_kv: cells that attention looks at are rounded up to a multiple of this
+uint32_t laq_kv_pad(const laq_cache & laq);
+
 // llama_kv_cache::init_batch: no cells for n_tokens more tokens; the update that follows allocates them
 void laq_kv_no_slot(laq_cache & laq, uint32_t n_tokens);
 
