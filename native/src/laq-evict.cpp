@@ -129,7 +129,11 @@ void laq_kv_clear(laq_cache & laq) {
     laq.reset();
 }
 
-bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1) {
+bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
+    if (seq_id > 0) {
+        // the only sequence is 0: there is nothing to remove
+        return true;
+    }
     if (p0 == 0 && p1 >= laq.n_tokens()) {
         laq.reset();
         return true;
@@ -150,7 +154,7 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1) {
 }
 
 bool laq_kv_refuse(const laq_cache &, const char * what) {
-    LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions\n", what);
+    LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions of one sequence\n", what);
     return true;
 }
 

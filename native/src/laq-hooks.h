@@ -20,10 +20,10 @@ void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_ten
 // llama_kv_cache::clear: everything is gone
 void laq_kv_clear(laq_cache & laq);
 
-// llama_kv_cache::seq_rm with normalized 0 <= p0, p1: false = the range reaches into evicted positions
-bool laq_kv_seq_rm(laq_cache & laq, int32_t p0, int32_t p1);
+// llama_kv_cache::seq_rm with normalized 0 <= p0, p1; seq_id -1 = any. false = reaches into evicted positions
+bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1);
 
-// llama_kv_cache::seq_add, seq_div: logs an error that names the function; always true
+// llama_kv_cache::seq_add, seq_div, seq_cp, seq_keep: logs an error that names the function; always true
 bool laq_kv_refuse(const laq_cache & laq, const char * what);
 
 // llama_kv_cache::get_n_kv: cells that attention looks at are rounded up to a multiple of this

@@ -143,3 +143,24 @@ def test_interrupted_prompt_is_not_taken_for_a_read_one(tiny_gguf: Callable[...,
     tokens = greedy(llm, prompt, 12)
     assert reads.totals == [N_PROMPT - 128], "what was read is reused"
     assert tokens == greedy(open_llama(tiny_gguf("llama"), kv_budget=64, n_batch=64), prompt, 12)
+
+
+def test_memory_functions_that_cannot_work_change_nothing(tiny_gguf: Callable[..., Path]) -> None:
+    import llama_cpp
+
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
+    llm.eval(tokens_of(N_PROMPT))
+    kept, stats = llm.kept_positions(), llm.kv_stats()
+    memory = llama_cpp.llama_get_memory(llm._ctx.ctx)
+    assert not llama_cpp.llama_memory_can_shift(memory)
+    llama_cpp.llama_memory_seq_add(memory, 0, 10, 20, 5)
+    llama_cpp.llama_memory_seq_div(memory, 0, 10, 20, 2)
+    llama_cpp.llama_memory_seq_keep(memory, 1)
+    llama_cpp.llama_memory_seq_cp(memory, 0, 1, 0, -1)
+    assert llama_cpp.llama_memory_seq_rm(memory, 1, -1, -1), "nothing to remove"
+    for first, end in ((0, 10), (10, 20), (stats.n_intact - 1, -1)):
+        assert not llama_cpp.llama_memory_seq_rm(memory, 0, first, end)
+    assert (llm.kept_positions() == kept).all()
+    assert llm.kv_stats() == stats
+    llm.eval([1])
+    assert llm.kv_stats().n_resident == 65
