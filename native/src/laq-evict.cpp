@@ -154,7 +154,8 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
 }
 
 bool laq_kv_refuse(const laq_cache &, const char * what) {
-    LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions of one sequence\n", what);
+    LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions of one sequence\n",
+                    what);
     return true;
 }
 
