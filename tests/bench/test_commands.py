@@ -84,6 +84,23 @@ def test_speed(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
     assert bench("report", out).returncode == 0
 
 
+def test_speed_of_the_first_token_alone(
+    bench, model: Path, plain_lib: Path, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "speed.json", tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a long text. " for i in range(100)), encoding="utf-8")
+    done = bench(
+        "speed", "--model", model, "--plain-lib", plain_lib, "--text", text, "--n-ctx-tokens", 200,
+        "--n-short-tokens", 64, "--budget", 64, "--repeat", 3, "--first-token-only", "--out", out,
+        *ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [len(c["first_token_s"]) for c in document["configurations"]] == [3, 3]
+    assert [len(bar["values"]) for bar in document["bars"]] == [3]
+    assert bench("report", out).returncode == 0
+
+
 def test_errors_are_one_line_and_status_2(bench, model: Path, tmp_path: Path) -> None:
     for arguments, words in (
         (("quality", "--model", tmp_path / "none.gguf"), "no model at"),

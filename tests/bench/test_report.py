@@ -115,3 +115,9 @@ def test_an_eviction_takes_what_the_wall_clock_saw() -> None:
         "reported": 8.0,
         "wall": 40.0,
     }
+
+
+def test_the_first_token_alone_has_one_bar() -> None:
+    both = configurations(ours=10, long=(50, 40), short=9.5, ttft=1.01)
+    bars = speed.bars({name: both[name] for name in (speed.OURS, speed.LONG_ON)})
+    assert [(bar["median"], bar["passed"]) for bar in bars] == [(pytest.approx(1.01), True)]
