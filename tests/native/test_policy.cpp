@@ -13,12 +13,12 @@
 static int n_failed = 0;
 
 // not assert(): release builds define NDEBUG
-#define CHECK(cond)                                                        \
-    do {                                                                   \
-        if (!(cond)) {                                                     \
+#define CHECK(cond)                                                         \
+    do {                                                                    \
+        if (!(cond)) {                                                      \
             std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond); \
-            ++n_failed;                                                    \
-        }                                                                  \
+            ++n_failed;                                                     \
+        }                                                                   \
     } while (0)
 
 using indices = std::vector<uint32_t>;
@@ -117,7 +117,7 @@ static indices top_slow(const floats & scores, const std::vector<uint8_t> & pinn
             }
             const bool better = best < 0 || pinned[i] > pinned[best] ||
                                 (pinned[i] == pinned[best] && !pinned[i] && scores[i] > scores[best]);
-            best = better ? i : best;
+            best              = better ? i : best;
         }
         taken[best] = true;
     }
@@ -189,9 +189,9 @@ static void test_select_head() {
     params.policy = LAQ_POLICY_STREAMING;
     CHECK((laq_select_head(params, 0, 0, blind) == indices{ 0, 3, 4, 5 }));
     // random ranks by layer and head, and is not pooled
-    params.policy = LAQ_POLICY_RANDOM;
-    params.pooling = LAQ_POOLING_MAX;
-    params.seed   = 7;
+    params.policy       = LAQ_POLICY_RANDOM;
+    params.pooling      = LAQ_POOLING_MAX;
+    params.seed         = 7;
     const floats ranked = laq_rank(params, 3, 1, blind);
     for (size_t i = 0; i < pos.size(); ++i) {
         CHECK(ranked[i] == laq_random_score(7, 3, 1, pos[i]));
@@ -235,21 +235,14 @@ static void test_n_pinned() {
     CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_SNAPKV, 64)) == 4 + 32);
     CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_STREAMING, 64)) == 4 + 8);
     // 0..3 sinks, 2..9 overlaps them, 8..11 overlaps that, 20..21: the union is 0..11 and 20..21
-    const laq_span spans[] = {
-        { 20, 22 },
-        { 8,  12 },
-        { 2,  10 }
-    };
-    params.pinned   = spans;
-    params.n_pinned = 3;
+    const laq_span spans[] = { { 20, 22 }, { 8, 12 }, { 2, 10 } };
+    params.pinned          = spans;
+    params.n_pinned        = 3;
     CHECK(laq_policy_n_pinned(params) == 14 + 8);
     // one span inside another
-    const laq_span nested[] = {
-        { 10, 30 },
-        { 12, 14 }
-    };
-    params.pinned   = nested;
-    params.n_pinned = 2;
+    const laq_span nested[] = { { 10, 30 }, { 12, 14 } };
+    params.pinned           = nested;
+    params.n_pinned         = 2;
     CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8);
 }
 
