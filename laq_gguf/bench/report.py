@@ -123,7 +123,6 @@ def quality_summary(document: Document) -> str:
             {
                 "method": method,
                 "budget": budget,
-                "n_resident_max": max((r["n_resident_max"] or 0 for r in group), default=0) or None,
                 "kl": statistics.fmean(r["kl"] for r in group),
                 "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
                 **{r["task"]: r for r in group},
