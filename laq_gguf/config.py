@@ -28,7 +28,14 @@ _CHOICES: dict[str, dict[str, int]] = {
     "pooling": POOLINGS,
     "score_kernel": SCORE_KERNELS,
 }
-_MINIMA = {"lookahead_size": 1, "window_size": 1, "snapkv_window": 1, "n_sink": 0, "kernel_size": 1}
+_MINIMA = {
+    "lookahead_size": 1,
+    "window_size": 1,
+    "snapkv_window": 1,
+    "n_sink": 0,
+    "kernel_size": 1,
+    "follow_size": 0,
+}
 _INT32_MAX = 2**31 - 1
 
 
@@ -78,6 +85,7 @@ class LaqConfig:
     snapkv_window: int = 32
     kernel_size: int = 7
     pooling: str = "max"
+    follow_size: int = 0
     draft: str = "full"
     score_kernel: str = "auto"
 
@@ -185,6 +193,7 @@ class LaqConfig:
         params.n_window_snapkv = self.snapkv_window
         params.n_sink = self.n_sink
         params.n_kernel = self.kernel_size
+        params.n_follow = self.follow_size
         params.seed = seed & 0xFFFFFFFF
         params.n_pinned = len(self.pinned)
         params.pinned = spans if self.pinned else native.ffi.NULL

@@ -111,6 +111,7 @@ class Llama(llama_cpp.Llama):
         snapkv_window: int = 32,
         kernel_size: int = 7,
         pooling: str = "max",
+        follow_size: int = 0,
         draft: str = "full",
         score_kernel: str = "auto",
         n_ctx: int = 512,
@@ -139,6 +140,9 @@ class Llama(llama_cpp.Llama):
             snapkv_window: last prompt tokens that snapkv observes and keeps.
             kernel_size: width of the pooling of scores over neighbouring tokens, odd.
             pooling: "max", "avg" or "none".
+            follow_size: above 0, "laq++" and "laq" give half of the budget to the tokens that
+                follow the best ones within so many positions: an answer that is copied word for
+                word goes on there.
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
@@ -165,6 +169,7 @@ class Llama(llama_cpp.Llama):
             snapkv_window=snapkv_window,
             kernel_size=kernel_size,
             pooling=pooling,
+            follow_size=follow_size,
             draft=draft,
             score_kernel=score_kernel,
         )

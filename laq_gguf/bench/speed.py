@@ -2,6 +2,10 @@
 
 Each configuration is a worker process that keeps its model loaded; one worker works at a time, and
 the rounds go through all of them, so that all see the same machine.
+
+The times to first token are compared by themselves: a worker is a few per cent faster or slower
+than the next for as long as it lives, more than the difference looked for. In every round both
+sides start anew and read the same prompt at the same time, with half of the threads each.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,12 +62,29 @@ class Worker:
         Raises:
             WorkerError: with the worker's own words, or its exit status if it died.
         """
-        assert self._process.stdin and self._process.stdout
+        self.send(command, **arguments)
+        return self.receive(command)
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Let it begin; `receive` must follow.
+
+        Raises:
+            WorkerError: it has died.
+        """
+        assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerError(f"{command}: the worker has exited") from None
+
+    def receive(self, command: str) -> Any:
+        """Wait for the answer to the command that was sent.
+
+        Raises:
+            WorkerError: with the worker's own words, or its exit status if it died.
+        """
+        assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
@@ -89,6 +112,7 @@ class Configuration:
     tokens: list[int] = field(default_factory=list)
     system: dict[str, Any] = field(default_factory=dict)
     ms_first_token: list[float] = field(default_factory=list)
+    ms_first_token_paired: list[float] = field(default_factory=list)
     ms_settle: list[list[float]] = field(default_factory=list)
     ms_steps: list[list[float]] = field(default_factory=list)
     evictions: list[dict[str, float]] = field(default_factory=list)
@@ -109,6 +133,7 @@ class Configuration:
             "decode_tokens_per_s": [1e3 / ms for ms in self.ms_per_step()],
             "first_token_s": [ms / 1e3 for ms in self.ms_first_token],
             "kv_bytes": self.stats["kv_bytes"] if self.stats else None,
+            "first_token_paired_s": [ms / 1e3 for ms in self.ms_first_token_paired],
             "ms_settle": self.ms_settle,
             "ms_steps": self.ms_steps,
             "evictions": self.evictions,
@@ -166,18 +191,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         Configuration(SHORT_ON, "llama_cpp", True),
         Configuration(SHORT_OFF, "llama_cpp", False),
     ]
+    pair = [c for c in configurations if c.name in (OURS, LONG_ON)]
+    for i in range(args.repeat):
+        _progress(f"round {i + 1}/{args.repeat}: first token, both at once")
+        with _workers(args, pair, text, max(1, args.threads // 2)) as workers:
+            _measure_pair(args, pair if i % 2 == 0 else pair[::-1], workers)
     if args.first_token_only:
-        configurations = [c for c in configurations if c.name in (OURS, LONG_ON)]
-    workers: dict[str, Worker] = {}
-    try:
-        for c in configurations:
-            lib = args.plain_lib.resolve() if c.library == "llama_cpp" else None
-            workers[c.name] = Worker(lib)
-            _open(args, c, workers[c.name], text)
-        _measure(args, {c.name: c for c in configurations}, workers)
-    finally:
-        for worker in workers.values():
-            worker.close()
+        configurations = pair
+    else:
+        with _workers(args, configurations, text, args.threads) as workers:
+            _measure(args, {c.name: c for c in configurations}, workers)
     document["load"].append(_load())
     document["configurations"] = [c.to_json() for c in configurations]
     document["bars"] = bars({c.name: c for c in configurations})
@@ -187,14 +210,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def _open(args: argparse.Namespace, c: Configuration, worker: Worker, text: str) -> None:
+@contextmanager
+def _workers(
+    args: argparse.Namespace, configurations: Sequence[Configuration], text: str, n_threads: int
+) -> Iterator[dict[str, Worker]]:
+    """A worker for each configuration, by name, its model loaded and warmed up."""
+    workers: dict[str, Worker] = {}
+    try:
+        for c in configurations:
+            lib = args.plain_lib.resolve() if c.library == "llama_cpp" else None
+            workers[c.name] = Worker(lib)
+            _open(args, c, workers[c.name], text, n_threads)
+            workers[c.name](
+                "prefill", tokens=c.tokens[: args.n_short_tokens], n_settle=_n_settle(args)
+            )
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _open(
+    args: argparse.Namespace, c: Configuration, worker: Worker, text: str, n_threads: int
+) -> None:
     short = c.name in (SHORT_ON, SHORT_OFF)
     n_prompt = args.n_short_tokens if short else args.n_ctx_tokens
     n_ctx = n_prompt + _n_settle(args) + N_WARM_UP + args.n_decode + args.lookahead_size
     options = {
         "n_ctx": -(-n_ctx // 256) * 256,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads,
         "flash_attn": c.flash_attn,
     }
     if c.library == "laq_gguf":
@@ -220,15 +265,23 @@ def _n_settle(args: argparse.Namespace) -> int:
     return args.lookahead_size + 1 + N_WARM_UP
 
 
+def _measure_pair(
+    args: argparse.Namespace, pair: Sequence[Configuration], workers: dict[str, Worker]
+) -> None:
+    """The time to the first token of all of them, at the same time."""
+    for c in pair:
+        workers[c.name].send("prefill", tokens=c.tokens, n_settle=0)
+    for c in pair:
+        answer = workers[c.name].receive("prefill")
+        c.ms_first_token_paired.append(answer["ms_first_token"])
+
+
 def _measure(
     args: argparse.Namespace,
     configurations: dict[str, Configuration],
     workers: dict[str, Worker],
 ) -> None:
     n_settle = _n_settle(args)
-    for name, c in configurations.items():
-        _progress(f"warm up {name}")
-        workers[name]("prefill", tokens=c.tokens[: args.n_short_tokens], n_settle=n_settle)
     # these are read once: only their decoding is repeated
     for name in configurations:
         if name not in (OURS, LONG_ON):
@@ -238,8 +291,7 @@ def _measure(
         for name in (OURS, LONG_ON) if i % 2 == 0 else (LONG_ON, OURS):
             _progress(f"round {i + 1}/{args.repeat}: first token, {name}")
             _prefill(configurations[name], workers[name], n_settle)
-        names = [] if args.first_token_only else list(configurations)
-        for name in names if i % 2 == 0 else reversed(names):
+        for name in configurations if i % 2 == 0 else reversed(configurations):
             _progress(f"round {i + 1}/{args.repeat}: decode, {name}")
             c = configurations[name]
             n_past, n = len(c.tokens) + n_settle, N_WARM_UP + args.n_decode
@@ -281,8 +333,8 @@ def bars(configurations: dict[str, Configuration]) -> list[dict[str, Any]]:
     """What is claimed, the values of every round, and whether their median keeps it."""
     c = configurations
     first_token = _bar(
-        "time to first token / stock's (FA on)",
-        _ratios(c[OURS].ms_first_token, c[LONG_ON].ms_first_token),
+        "time to first token / stock's (FA on), both at once",
+        _ratios(c[OURS].ms_first_token_paired, c[LONG_ON].ms_first_token_paired),
         "<= 1.02", lambda x: x <= 1.02,
     )  # fmt: skip
     if LONG_OFF not in c:

@@ -14,12 +14,14 @@ from .cache import KVCache, Tokens
 from .select import (
     POLICIES,
     PolicyParams,
+    follow_scores,
     pinned_mask,
     query_range,
     random_scores,
     rank_scores,
     select,
     select_head,
+    select_keys,
 )
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Tokens",
     "attention_scores",
     "causal_mask",
+    "follow_scores",
     "pinned_mask",
     "pool_scores",
     "query_range",
@@ -37,4 +40,5 @@ __all__ = [
     "rank_scores",
     "select",
     "select_head",
+    "select_keys",
 ]

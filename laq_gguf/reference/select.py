@@ -1,6 +1,10 @@
 """Selection: which keys of a KV head stay.
 
-    keep = pinned cells + the best (budget - pinned) by pooled score; equal scores: the lower index
+    keep = pinned cells + the best (budget - pinned) by rank; equal ranks: the lower index
+    rank = the pooled scores
+The policies that look ahead give only half of the cells that are not pinned to the best keys. The
+other half goes to the keys that follow the best ones within follow_size positions: an answer that
+is read word for word goes on there, after the last key that the lookahead attended to.
 
 Indices count the cells of one KV head, sorted by position.
 """
@@ -38,6 +42,7 @@ class PolicyParams:
     n_sink: int = 4
     kernel_size: int = 7
     pooling: str = "max"
+    follow_size: int = 0
     seed: int = 0
     pinned: tuple[Span, ...] = ()
 
@@ -55,6 +60,8 @@ class PolicyParams:
                 )
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
+        if self.follow_size < 0:
+            raise ValueError(f"follow_size must not be negative, got {self.follow_size}")
 
     @property
     def window(self) -> int:
@@ -124,10 +131,30 @@ def random_scores(seed: int, ikv: int, head: int, positions: npt.ArrayLike) -> F
     return (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def follow_scores(scores: npt.ArrayLike, positions: npt.ArrayLike, follow_size: int) -> FloatArray:
+    """The highest score among a key and the keys at most follow_size positions before it.
+
+    Lookahead queries see the beginning of an answer. One that repeats the text word for word
+    (a name, a key, a line of code) reads on from there: the next keys are worth as much.
+
+    Args:
+        scores: (n_kv,) float32.
+        positions: (n_kv,) position of each cell, ascending; an evicted neighbour leaves a gap.
+    """
+    src = np.asarray(scores, dtype=np.float32)
+    pos = np.asarray(positions)
+    result = src.copy()
+    for i in range(len(src)):
+        first = np.searchsorted(pos, pos[i] - follow_size)
+        result[i] = src[first : i + 1].max()
+    return result
+
+
 def rank_scores(
     params: PolicyParams,
     positions: npt.ArrayLike,
     scores: npt.ArrayLike | None = None,
+    pinned: npt.ArrayLike | None = None,
     *,
     ikv: int = 0,
     head: int = 0,
@@ -138,6 +165,8 @@ def rank_scores(
         positions: (n_kv,) position of each cell, ascending.
         scores: (n_kv,) raw attention scores; needed by laq, laq++ and snapkv, which alone are
             pooled.
+        pinned: (n_kv,) bool, or None. A pinned cell stays whatever its score: it counts as 0, so
+            that the attention to sinks and recent tokens does not lift their neighbours.
     Raises:
         ValueError: an attention policy without scores.
     """
@@ -147,7 +176,10 @@ def rank_scores(
         return np.asarray(positions).astype(np.float32)
     if scores is None:
         raise ValueError(f"policy {params.policy!r} ranks by attention scores: give scores")
-    return pool_scores(scores, params.kernel_size, params.pooling)
+    raw = np.array(scores, dtype=np.float32)
+    if pinned is not None:
+        raw[np.asarray(pinned, dtype=bool)] = 0
+    return pool_scores(raw, params.kernel_size, params.pooling)
 
 
 def select(
@@ -179,6 +211,31 @@ def select(
     return np.sort(order[:budget])
 
 
+def select_keys(
+    params: PolicyParams,
+    positions: npt.ArrayLike,
+    pinned: npt.ArrayLike,
+    scores: npt.ArrayLike | None = None,
+    *,
+    ikv: int = 0,
+    head: int = 0,
+) -> npt.NDArray[np.int64]:
+    """The selection of one KV head given what is pinned: indices of the kept cells, ascending.
+
+    Args:
+        positions: (n_kv,) position of each cell, ascending.
+        pinned: (n_kv,) bool.
+        scores: (n_kv,) raw attention scores, for the policies that need them.
+    """
+    first = np.array(pinned, dtype=bool)
+    ranked = rank_scores(params, positions, scores, first, ikv=ikv, head=head)
+    free = params.budget - int(first.sum())
+    if not params.needs_lookahead or params.follow_size == 0 or free <= 0:
+        return select(ranked, params.budget, first)
+    first[select(ranked, params.budget - free // 2, first)] = True
+    return select(follow_scores(ranked, positions, params.follow_size), params.budget, first)
+
+
 def select_head(
     params: PolicyParams,
     positions: npt.ArrayLike,
@@ -199,4 +256,4 @@ def select_head(
     if params.policy == "full":
         return np.arange(len(pos))
     pinned = pinned_mask(pos, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned)
-    return select(rank_scores(params, pos, scores, ikv=ikv, head=head), params.budget, pinned)
+    return select_keys(params, pos, pinned, scores, ikv=ikv, head=head)

@@ -81,19 +81,21 @@ struct laq_span {
 };
 
 struct laq_params {
-    uint32_t                size;             // sizeof(struct laq_params) of the caller
-    int32_t                 policy;           // enum laq_policy
-    int32_t                 lookahead;        // enum laq_lookahead
-    int32_t                 draft;            // enum laq_draft
-    int32_t                 pooling;          // enum laq_pooling
-    int32_t                 score_kernel;     // enum laq_score_kernel
-    uint32_t                n_kv_budget;      // tokens per layer and KV head that stay when the prompt has been read
-    uint32_t                n_lookahead;      // tokens decoded ahead
-    uint32_t                n_window;         // last prompt tokens: kept whole, and their queries are used by LAQ_PP
-    uint32_t                n_window_snapkv;  // the same for SNAPKV
-    uint32_t                n_sink;           // first positions, always kept
-    uint32_t                n_kernel;         // pooling width over neighbouring keys, odd
-    uint32_t                seed;             // for RANDOM
+    uint32_t size;                 // sizeof(struct laq_params) of the caller
+    int32_t  policy;               // enum laq_policy
+    int32_t  lookahead;            // enum laq_lookahead
+    int32_t  draft;                // enum laq_draft
+    int32_t  pooling;              // enum laq_pooling
+    int32_t  score_kernel;         // enum laq_score_kernel
+    uint32_t n_kv_budget;          // tokens per layer and KV head that stay when the prompt has been read
+    uint32_t n_lookahead;          // tokens decoded ahead
+    uint32_t n_window;             // last prompt tokens: kept whole, and their queries are used by LAQ_PP
+    uint32_t n_window_snapkv;      // the same for SNAPKV
+    uint32_t n_sink;               // first positions, always kept
+    uint32_t n_kernel;             // pooling width over neighbouring keys, odd
+    uint32_t n_follow;             // LAQ, LAQ_PP: half of the budget goes to keys that follow within so
+                                   // many positions after the best; 0 = all goes to the best
+    uint32_t                seed;  // for RANDOM
     uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept
 };
@@ -203,10 +205,11 @@ struct laq_score_args {
 // attention that the queries pay to each key, summed over the queries.
 enum laq_status laq_score(const struct laq_score_args * args, float * dst);
 
-// The selection alone: indices of the kept keys, ascending, dst [min(n_kv, n_budget)]; *n_kept receives the count.
-// pinned [n_kv] (0 or 1) is kept first, then by pooled score; equal scores: the lower index wins.
-enum laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget,
-                           uint32_t n_kernel, int32_t pooling, uint32_t * dst, uint32_t * n_kept);
+// The selection alone, of keys sorted by position: indices of the kept ones, ascending, dst [min(n_kv, n_kv_budget)];
+// *n_kept receives the count. pinned [n_kv] (0 or 1) is kept first, then by rank; equal ranks: the lower index wins.
+// Of params, the policy (one that attends), n_kv_budget, pooling, n_kernel and n_follow are used.
+enum laq_status laq_select(const struct laq_params * params, const int32_t * pos, const float * scores,
+                           const uint8_t * pinned, uint32_t n_kv, uint32_t * dst, uint32_t * n_kept);
 
 // score of the RANDOM policy: the same on every machine, in [0, 1)
 float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos);

@@ -81,6 +81,7 @@ laq_params laq_default_params(void) {
     p.n_window_snapkv = 32;
     p.n_sink          = 4;
     p.n_kernel        = 7;
+    p.n_follow        = 0;
     p.seed            = 0;
     return p;
 }
@@ -101,6 +102,7 @@ static void check_params(const laq_params & p, uint32_t n_ctx) {
     laq_check(p.n_lookahead >= 1 && p.n_lookahead <= 1024, "lookahead_size must be in [1, 1024]");
     laq_check(p.n_window >= 1 && p.n_window <= 1024, "window_size must be in [1, 1024]");
     laq_check(p.n_window_snapkv >= 1 && p.n_window_snapkv <= 1024, "snapkv_window must be in [1, 1024]");
+    laq_check(p.n_follow <= (1u << 30), "follow_size must be at most 2^30");
     laq_check(p.n_sink <= n_ctx, "n_sink is larger than n_ctx");
     laq_check(p.n_pinned == 0 || p.pinned, "pinned is NULL but n_pinned is not 0");
     for (uint32_t i = 0; i < p.n_pinned; ++i) {

@@ -36,14 +36,7 @@ laq_kept laq_cache::select(const laq_params & p, int32_t n_prompt, int32_t n_end
 
     std::vector<std::vector<float>> raw;
     if (laq_policy_needs_queries(p)) {
-        laq_query_range range = laq_policy_queries(p, n_prompt);
-        if (p.policy == LAQ_POLICY_LAQ && ring_slots(range).empty()) {
-            // nothing was generated: the prompt's last queries are all there is
-            laq_params local = p;
-            local.policy     = LAQ_POLICY_LAQ_PP;
-            range            = laq_policy_queries(local, n_prompt);
-        }
-        raw = score(range, order);
+        raw = score(laq_policy_queries(p, n_prompt, n_tokens()), order);
     }
 
     const int64_t t1 = ggml_time_us();

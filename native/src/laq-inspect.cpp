@@ -172,19 +172,23 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
     });
 }
 
-laq_status laq_select(const float * scores, const uint8_t * pinned, uint32_t n_kv, uint32_t n_budget, uint32_t n_kernel,
-                      int32_t pooling, uint32_t * dst, uint32_t * n_kept) {
+laq_status laq_select(const laq_params * params, const int32_t * pos, const float * scores, const uint8_t * pinned,
+                      uint32_t n_kv, uint32_t * dst, uint32_t * n_kept) {
     return laq_guarded([&] {
-        laq_check(scores && pinned && dst && n_kept, "scores, pinned, dst and n_kept must not be NULL");
-        laq_check(n_kernel % 2 == 1, "kernel_size must be odd");
-        laq_check(pooling >= LAQ_POOLING_NONE && pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
-
+        laq_check(params && pos && scores && pinned && dst && n_kept,
+                  "params, pos, scores, pinned, dst and n_kept must not be NULL");
+        const laq_params & p = *params;
+        laq_check(p.size == sizeof(p), "params: size is not sizeof(struct laq_params)");
+        laq_check(laq_policy_needs_queries(p), "kv_policy is not one that attends");
+        laq_check(p.n_kernel % 2 == 1, "kernel_size must be odd");
+        laq_check(p.pooling >= LAQ_POOLING_NONE && p.pooling <= LAQ_POOLING_AVG,
+                  "pooling is not one of enum laq_pooling");
+        laq_check(std::is_sorted(pos, pos + n_kv), "pos must be ascending");
         laq_check(std::none_of(scores, scores + n_kv, [](float s) { return std::isnan(s); }), "a score is NaN");
 
-        std::vector<float> pooled(n_kv);
-        laq_pool(scores, pooled.data(), n_kv, n_kernel, (laq_pooling) pooling);
+        laq_check(std::all_of(pinned, pinned + n_kv, [](uint8_t x) { return x <= 1; }), "pinned is neither 0 nor 1");
 
-        const std::vector<uint32_t> kept = laq_top(pooled.data(), pinned, n_kv, n_budget);
+        const std::vector<uint32_t> kept = laq_select_keys(p, 0, 0, { pos, scores, n_kv, 0 }, pinned);
         std::copy(kept.begin(), kept.end(), dst);
         *n_kept = kept.size();
     });

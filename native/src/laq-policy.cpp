@@ -31,6 +31,23 @@ void laq_pool(const float * src, float * dst, uint32_t n, uint32_t n_kernel, laq
     }
 }
 
+void laq_follow(const float * src, const int32_t * pos, float * dst, uint32_t n, uint32_t n_follow) {
+    // indices in reach whose score no later one exceeds: the first of them is the maximum
+    std::vector<uint32_t> queue(n);
+    uint32_t              head = 0;
+    uint32_t              tail = 0;
+    for (uint32_t i = 0; i < n; ++i) {
+        while (tail > head && src[queue[tail - 1]] <= src[i]) {
+            --tail;
+        }
+        queue[tail++] = i;
+        while ((int64_t) pos[queue[head]] < (int64_t) pos[i] - n_follow) {
+            ++head;
+        }
+        dst[i] = src[queue[head]];
+    }
+}
+
 std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint32_t n, uint32_t n_budget) {
     std::vector<uint32_t> idx(n);
     std::iota(idx.begin(), idx.end(), 0u);
@@ -65,7 +82,20 @@ float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos) 
     return (float) (z >> 40) * (1.0f / 16777216.0f);
 }
 
-std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view) {
+// scores -> rank of the policies that attend
+static std::vector<float> rank_attention(const laq_params & params, const laq_head_view & view,
+                                         const uint8_t * pinned) {
+    std::vector<float> raw(view.scores, view.scores + view.n);
+    std::vector<float> res(view.n);
+    for (uint32_t i = 0; i < view.n; ++i) {
+        raw[i] = pinned[i] ? 0.0f : raw[i];
+    }
+    laq_pool(raw.data(), res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling);
+    return res;
+}
+
+std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view,
+                            const uint8_t * pinned) {
     std::vector<float> res(view.n);
     switch (params.policy) {
         case LAQ_POLICY_STREAMING: std::copy(view.pos, view.pos + view.n, res.begin()); break;
@@ -74,9 +104,27 @@ std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t he
                 res[i] = laq_random_score(params.seed, ikv, head, view.pos[i]);
             }
             break;
-        default: laq_pool(view.scores, res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling); break;
+        default: return rank_attention(params, view, pinned);
     }
     return res;
+}
+
+std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, uint32_t head,
+                                      const laq_head_view & view, const uint8_t * pinned) {
+    const std::vector<float> rank     = laq_rank(params, ikv, head, view, pinned);
+    const uint32_t           n_budget = params.n_kv_budget;
+    const uint32_t           n_pinned = std::accumulate(pinned, pinned + view.n, 0u);
+
+    if (!laq_policy_needs_lookahead(params) || params.n_follow == 0 || n_pinned >= n_budget) {
+        return laq_top(rank.data(), pinned, view.n, n_budget);
+    }
+    std::vector<uint8_t> first(pinned, pinned + view.n);
+    for (uint32_t i : laq_top(rank.data(), pinned, view.n, n_pinned + (n_budget - n_pinned + 1) / 2)) {
+        first[i] = 1;
+    }
+    std::vector<float> followed(view.n);
+    laq_follow(rank.data(), view.pos, followed.data(), view.n, params.n_follow);
+    return laq_top(followed.data(), first.data(), view.n, n_budget);
 }
 
 std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
@@ -91,15 +139,17 @@ std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, u
         }
         pinned[i] = pin;
     }
-    return laq_top(laq_rank(params, ikv, head, view).data(), pinned.data(), view.n, params.n_kv_budget);
+    return laq_select_keys(params, ikv, head, view, pinned.data());
 }
 
-laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt) {
-    const int32_t ahead = n_prompt + (int32_t) params.n_lookahead;
+laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt, int32_t n_end) {
+    const int32_t ahead  = std::min(n_end, n_prompt + (int32_t) params.n_lookahead);
+    const int32_t window = std::max<int32_t>(0, n_prompt - (int32_t) laq_policy_window(params));
     switch (params.policy) {
-        case LAQ_POLICY_LAQ:    return { n_prompt, ahead };
-        case LAQ_POLICY_LAQ_PP: return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window), ahead };
-        case LAQ_POLICY_SNAPKV: return { std::max<int32_t>(0, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
+        // nothing decoded ahead: the prompt's last queries are all there is
+        case LAQ_POLICY_LAQ:    return { ahead > n_prompt ? n_prompt : window, ahead };
+        case LAQ_POLICY_LAQ_PP: return { window, ahead };
+        case LAQ_POLICY_SNAPKV: return { window, n_prompt };
         default:                return { 0, 0 };
     }
 }

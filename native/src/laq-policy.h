@@ -13,6 +13,9 @@
 //   avg: zero padding, float32 sums from left to right, divided by n_kernel
 void laq_pool(const float * src, float * dst, uint32_t n, uint32_t n_kernel, laq_pooling pooling);
 
+// dst [n] = the highest of src [n] at the positions pos[i] - n_follow .. pos[i]; pos ascending, not in place
+void laq_follow(const float * src, const int32_t * pos, float * dst, uint32_t n, uint32_t n_follow);
+
 // indices of the kept keys, ascending
 //   pinned [n]: 1 = kept before anything else
 //   then the best by score, equal scores: the lower index
@@ -26,20 +29,27 @@ struct laq_head_view {
     int32_t         n_intact;  // positions from here on are kept whole
 };
 
-// scores of one KV head, pooled where the policy pools: [n]
-std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view);
+// what the keys of one KV head are ranked by: [n]
+//   pinned [n]: kept anyway, their scores count as 0 and do not lift their neighbours
+std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view,
+                            const uint8_t * pinned);
+
+// The selection given what is pinned [n]: indices into view, ascending. The policies that look ahead give half of the
+// cells that are not pinned to the best keys, the rest to what follows the best within n_follow positions.
+std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, uint32_t head,
+                                      const laq_head_view & view, const uint8_t * pinned);
 
 // the selection of one KV head: indices into view, ascending
 std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
                                       const laq_head_view & view);
 
-// positions [first, last) whose queries score the keys
+// positions [first, last) whose queries score the keys; n_end: one past the last position decoded
 struct laq_query_range {
     int32_t first;
     int32_t last;
 };
 
-laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt);
+laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt, int32_t n_end);
 
 // last prompt tokens that are kept whole
 uint32_t laq_policy_window(const laq_params & params);

@@ -76,7 +76,7 @@ def configurations(ours: float, long: tuple[float, float], short: float, ttft: f
         c = speed.Configuration(name, "laq_gguf" if name == speed.OURS else "llama_cpp", True)
         warm_up = [1e6] * speed.N_WARM_UP
         c.ms_steps = [[*warm_up, ms, ms], [*warm_up, 0.5 * ms, 1.5 * ms], [*warm_up, ms, ms]]
-        c.ms_first_token = [100.0 * (ttft if name == speed.OURS else 1)] * 3
+        c.ms_first_token_paired = [100.0 * (ttft if name == speed.OURS else 1)] * 3
         if name == speed.OURS:
             c.evictions = [{"reported": 80.0, "wall": 100.0}] * 3
         result[name] = c

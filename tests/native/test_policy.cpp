@@ -79,6 +79,24 @@ static void test_pool() {
     CHECK((pool({ -3, -2, -5 }, 3, LAQ_POOLING_MAX) == floats{ -2, -2, -2 }));
 }
 
+static void test_follow() {
+    // positions with the gaps of an earlier eviction: only near ones follow
+    const std::vector<int32_t> pos = { 0, 2, 3, 7, 8, 9 };
+    const floats               src = { 0, 4, 1, 2, 0, 0 };
+
+    const auto follow = [&](uint32_t n_follow) {
+        floats dst(src.size(), -1.0f);
+        laq_follow(src.data(), pos.data(), dst.data(), (uint32_t) src.size(), n_follow);
+        return dst;
+    };
+    CHECK(follow(0) == src);
+    CHECK((follow(1) == floats{ 0, 4, 4, 2, 2, 0 }));
+    CHECK((follow(4) == floats{ 0, 4, 4, 2, 2, 2 }));
+    CHECK((follow(5) == floats{ 0, 4, 4, 4, 2, 2 }));
+    CHECK((follow(1u << 30) == floats{ 0, 4, 4, 4, 4, 4 }));
+    laq_follow(nullptr, nullptr, nullptr, 0, 32);
+}
+
 static indices top(const floats & scores, const std::vector<uint8_t> & pinned, uint32_t n_budget) {
     return laq_top(scores.data(), pinned.data(), (uint32_t) scores.size(), n_budget);
 }
@@ -166,8 +184,10 @@ static void test_random_score() {
 
 static void test_select_head() {
     // positions with the gaps of an earlier eviction; 1 sink, kept whole from 9 on
-    const std::vector<int32_t> pos    = { 0, 2, 3, 7, 8, 9 };
-    const floats               scores = { 0, 4, 1, 2, 0, 0 };
+    const std::vector<int32_t> pos = { 0, 2, 3, 7, 8, 9 };
+    // those of the sink and of the window do not count: they stay whatever they are
+    const std::vector<uint8_t> pinned = { 1, 0, 0, 0, 0, 1 };
+    const floats               scores = { 9, 4, 1, 2, 0, 8 };
     const laq_head_view        view   = { pos.data(), scores.data(), 6, 9 };
     const laq_head_view        blind  = { pos.data(), nullptr, 6, 9 };
 
@@ -175,7 +195,7 @@ static void test_select_head() {
     params.n_sink     = 1;
     params.n_kernel   = 3;
     // pooled 4 4 4 2 2 0: the sink, 9, then the two 4 at positions 2 and 3
-    CHECK((laq_rank(params, 0, 0, view) == floats{ 4, 4, 4, 2, 2, 0 }));
+    CHECK((laq_rank(params, 0, 0, view, pinned.data()) == floats{ 4, 4, 4, 2, 2, 0 }));
     CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 2, 5 }));
     // a span of the user, one past the end is free
     const laq_span span = { 7, 8 };
@@ -185,6 +205,12 @@ static void test_select_head() {
     params.n_pinned = 0;
     params.pooling  = LAQ_POOLING_NONE;
     CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+    // position 3 follows 2, which the lookahead attends to most; snapkv does not look ahead
+    params.n_follow = 1;
+    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 2, 5 }));
+    params.policy          = LAQ_POLICY_SNAPKV;
+    params.n_window_snapkv = 1;
+    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
 
     params.policy = LAQ_POLICY_STREAMING;
     CHECK((laq_select_head(params, 0, 0, blind) == indices{ 0, 3, 4, 5 }));
@@ -192,7 +218,7 @@ static void test_select_head() {
     params.policy       = LAQ_POLICY_RANDOM;
     params.pooling      = LAQ_POOLING_MAX;
     params.seed         = 7;
-    const floats ranked = laq_rank(params, 3, 1, blind);
+    const floats ranked = laq_rank(params, 3, 1, blind, pinned.data());
     for (size_t i = 0; i < pos.size(); ++i) {
         CHECK(ranked[i] == laq_random_score(7, 3, 1, pos[i]));
     }
@@ -202,7 +228,7 @@ static void test_select_head() {
 }
 
 static bool queries_are(laq_policy policy, int32_t n_prompt, int32_t first, int32_t last) {
-    const laq_query_range range = laq_policy_queries(make_params(policy, 64), n_prompt);
+    const laq_query_range range = laq_policy_queries(make_params(policy, 64), n_prompt, n_prompt + 20);
     return range.first == first && range.last == last;
 }
 
@@ -212,8 +238,13 @@ static void test_queries() {
     CHECK(queries_are(LAQ_POLICY_LAQ_PP, 5, 0, 13));
     CHECK(queries_are(LAQ_POLICY_SNAPKV, 100, 68, 100));
     CHECK(queries_are(LAQ_POLICY_SNAPKV, 10, 0, 10));
+    // nothing, or less than the whole lookahead, has been decoded
+    const laq_query_range none = laq_policy_queries(make_params(LAQ_POLICY_LAQ, 64), 100, 100);
+    CHECK(none.first == 92 && none.last == 100);
+    const laq_query_range some = laq_policy_queries(make_params(LAQ_POLICY_LAQ, 64), 100, 103);
+    CHECK(some.first == 100 && some.last == 103);
     for (const laq_policy policy : { LAQ_POLICY_FULL, LAQ_POLICY_STREAMING, LAQ_POLICY_RANDOM }) {
-        const laq_query_range range = laq_policy_queries(make_params(policy, 64), 100);
+        const laq_query_range range = laq_policy_queries(make_params(policy, 64), 100, 108);
         CHECK(range.first == range.last);
         CHECK(!laq_policy_needs_queries(make_params(policy, 64)));
         CHECK(!laq_policy_needs_lookahead(make_params(policy, 64)));
@@ -248,6 +279,7 @@ static void test_n_pinned() {
 
 int main() {
     test_pool();
+    test_follow();
     test_top();
     test_top_random();
     test_random_score();

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from laq_gguf.reference import (
     POLICIES,
     PolicyParams,
+    follow_scores,
     pinned_mask,
     query_range,
     random_scores,
@@ -36,11 +37,11 @@ def test_six_tokens_under_a_policy_by_hand() -> None:
     # pinned 0 and 9. raw scores 0 4 1 2 0 0, max pooling over 3 cells: 4 4 4 2 2 0
     # budget 4: 0, 9, then cell 1 and cell 2 (both 4) -> positions 0 2 3 9
     positions = np.array([0, 2, 3, 7, 8, 9])
-    params = PolicyParams(4, policy="laq", n_sink=1, kernel_size=3)
+    params = PolicyParams(4, policy="laq", n_sink=1, kernel_size=3, follow_size=0)
     kept = select_head(params, positions, n_intact=9, scores=[0, 4, 1, 2, 0, 0])
     assert positions[kept].tolist() == [0, 2, 3, 9]
     # without pooling the 2 at position 7 beats the 1 at position 3
-    params = PolicyParams(4, policy="laq", n_sink=1, pooling="none")
+    params = PolicyParams(4, policy="laq", n_sink=1, pooling="none", follow_size=0)
     kept = select_head(params, positions, n_intact=9, scores=[0, 4, 1, 2, 0, 0])
     assert positions[kept].tolist() == [0, 2, 7, 9]
     # streaming: the sink, 9, then the latest two
@@ -51,6 +52,25 @@ def test_six_tokens_under_a_policy_by_hand() -> None:
     kept = select_head(params, positions, n_intact=9, scores=[0, 4, 1, 2, 0, 0])
     assert positions[kept].tolist() == [0, 7, 8, 9]
     assert len(select_head(PolicyParams(4, policy="full"), positions, n_intact=0)) == 6
+
+
+def test_keys_after_the_best_follow_it_by_hand() -> None:
+    # position 3 follows 2; 7 is out of reach of one position, and in reach of five
+    positions, scores = np.array([0, 2, 3, 7, 8, 9]), np.array([0, 4, 1, 2, 0, 0], np.float32)
+    assert follow_scores(scores, positions, 0).tolist() == [0, 4, 1, 2, 0, 0]
+    assert follow_scores(scores, positions, 1).tolist() == [0, 4, 4, 2, 2, 0]
+    assert follow_scores(scores, positions, 4).tolist() == [0, 4, 4, 2, 2, 2]
+    assert follow_scores(scores, positions, 5).tolist() == [0, 4, 4, 4, 2, 2]
+    params = PolicyParams(4, policy="laq", n_sink=1, pooling="none", follow_size=1)
+    kept = select_head(params, positions, 9, scores)
+    assert positions[kept].tolist() == [0, 2, 3, 9]
+    # what stays anyway lifts nobody
+    kept = select_head(params, positions, 9, [99, 4, 1, 2, 0, 0])
+    assert positions[kept].tolist() == [0, 2, 3, 9]
+    # snapkv looks at the prompt alone and does not follow
+    params = PolicyParams(4, policy="snapkv", n_sink=1, pooling="none", follow_size=1)
+    kept = select_head(params, positions, 9, scores)
+    assert positions[kept].tolist() == [0, 2, 7, 9]
 
 
 def test_pinned_by_hand() -> None:
@@ -114,6 +134,8 @@ def test_refusals() -> None:
         PolicyParams(8, policy="h2o")
     with pytest.raises(ValueError, match="budget"):
         PolicyParams(0)
+    with pytest.raises(ValueError, match="follow_size"):
+        PolicyParams(8, follow_size=-1)
     with pytest.raises(ValueError, match="NaN"):
         select([0.0, float("nan"), 1.0], 2)
 
@@ -163,6 +185,7 @@ def heads(draw):
         n_sink=draw(st.integers(0, 6)),
         pooling=draw(st.sampled_from(["none", "max", "avg"])),
         kernel_size=draw(st.sampled_from([1, 3, 7])),
+        follow_size=draw(st.sampled_from([0, 1, 5, 32])),
     )
     scores = np.array(draw(st.lists(st.floats(0, 9, width=16), min_size=n_kv, max_size=n_kv)))
     return params, np.sort([*positions, last]), last + 1 - window, scores

@@ -24,6 +24,7 @@ from laq_gguf.errors import LaqArgumentError
         ("n_sink", -1, "n_sink must be from 0"),
         ("snapkv_window", 0, "snapkv_window must be from 1"),
         ("kernel_size", 4, "kernel_size must be odd"),
+        ("follow_size", -1, "follow_size must be from 0 to"),
         ("kernel_size", 2**31, "kernel_size must be from 1 to 2147483647"),
         ("pinned", [(5, 5)], r"got the entry \(5, 5\)"),
         ("pinned", [(-1, 5)], "pinned must be from 0"),
@@ -110,7 +111,7 @@ def test_every_setting_arrives_in_the_native_struct(native: Native) -> None:
     config = LaqConfig(
         kv_policy="snapkv", lookahead="pseudo", lookahead_size=5, window_size=9, n_sink=2,
         pinned=[(7, 9), (20, 21)], snapkv_window=17, kernel_size=3, pooling="avg",
-        draft="snapkv", score_kernel="composed",
+        follow_size=6, draft="snapkv", score_kernel="composed",
     )  # fmt: skip
     params, spans = config.to_native(native, budget=99, seed=-1)
     lib = native.lib
@@ -120,6 +121,7 @@ def test_every_setting_arrives_in_the_native_struct(native: Native) -> None:
     assert params.score_kernel == lib.LAQ_SCORE_KERNEL_COMPOSED
     assert (params.n_kv_budget, params.n_lookahead, params.n_window) == (99, 5, 9)
     assert (params.n_window_snapkv, params.n_sink, params.n_kernel) == (17, 2, 3)
+    assert params.n_follow == 6
     assert params.seed == 0xFFFFFFFF
     assert params.n_pinned == 2
     assert [(params.pinned[i].p0, params.pinned[i].p1) for i in range(2)] == [(7, 9), (20, 21)]
