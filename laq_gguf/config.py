@@ -85,7 +85,7 @@ class LaqConfig:
     snapkv_window: int = 32
     kernel_size: int = 7
     pooling: str = "max"
-    follow_size: int = 0
+    follow_size: int = 32
     draft: str = "full"
     score_kernel: str = "auto"
 

@@ -111,7 +111,7 @@ class Llama(llama_cpp.Llama):
         snapkv_window: int = 32,
         kernel_size: int = 7,
         pooling: str = "max",
-        follow_size: int = 0,
+        follow_size: int = 32,
         draft: str = "full",
         score_kernel: str = "auto",
         n_ctx: int = 512,
@@ -140,9 +140,9 @@ class Llama(llama_cpp.Llama):
             snapkv_window: last prompt tokens that snapkv observes and keeps.
             kernel_size: width of the pooling of scores over neighbouring tokens, odd.
             pooling: "max", "avg" or "none".
-            follow_size: above 0, "laq++" and "laq" give half of the budget to the tokens that
-                follow the best ones within so many positions: an answer that is copied word for
-                word goes on there.
+            follow_size: in heads that copy word for word (their best token has 7 % or more of the
+                attention), "laq++" and "laq" give 3/8 of the free cells to the tokens that follow
+                the best ones within so many positions: the copy goes on there. 0: no head does.
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).

@@ -14,6 +14,7 @@ from .cache import KVCache, Tokens
 from .select import (
     POLICIES,
     PolicyParams,
+    copies,
     follow_scores,
     pinned_mask,
     query_range,
@@ -32,6 +33,7 @@ __all__ = [
     "Tokens",
     "attention_scores",
     "causal_mask",
+    "copies",
     "follow_scores",
     "pinned_mask",
     "pool_scores",

@@ -2,9 +2,9 @@
 
     keep = pinned cells + the best (budget - pinned) by rank; equal ranks: the lower index
     rank = the pooled scores
-The policies that look ahead give only half of the cells that are not pinned to the best keys. The
-other half goes to the keys that follow the best ones within follow_size positions: an answer that
-is read word for word goes on there, after the last key that the lookahead attended to.
+The policies that look ahead see the beginning of an answer. In the heads that copy it word for word
+(`copies`), 3/8 of the cells that are not pinned go to the keys that follow the best ones within
+follow_size positions: the copy goes on there, after the last key that the lookahead attended to.
 
 Indices count the cells of one KV head, sorted by position.
 """
@@ -25,6 +25,9 @@ DRAFTS = ("full", "snapkv")
 _ATTENTION_POLICIES = ("laq", "laq++", "snapkv")
 _LOOKAHEAD_POLICIES = ("laq", "laq++")
 
+#: A head copies when its best key has this share of the attention to keys that are not pinned.
+COPY_SHARE = 0.07
+
 Span = tuple[int, int]
 
 
@@ -42,7 +45,7 @@ class PolicyParams:
     n_sink: int = 4
     kernel_size: int = 7
     pooling: str = "max"
-    follow_size: int = 0
+    follow_size: int = 32
     seed: int = 0
     pinned: tuple[Span, ...] = ()
 
@@ -150,6 +153,23 @@ def follow_scores(scores: npt.ArrayLike, positions: npt.ArrayLike, follow_size: 
     return result
 
 
+def copies(scores: npt.ArrayLike, pinned: npt.ArrayLike) -> bool:
+    """Whether one KV head copies: its best key has at least COPY_SHARE of all scores.
+
+    A head that reads a text word for word attends to one key per query; most heads attend to many,
+    and lose more than they win when cells go to keys that merely follow.
+
+    Args:
+        scores: (n_kv,) raw attention scores, float32; summed in float64 from left to right.
+        pinned: (n_kv,) bool: these keys do not count.
+    """
+    free = np.asarray(scores, dtype=np.float32)[~np.asarray(pinned, dtype=bool)]
+    with np.errstate(invalid="ignore"):  # inf - inf: not a number, which no comparison passes
+        total = np.cumsum(free, dtype=np.float64)
+    best = float(free.max(initial=0))
+    return best > 0 and bool(best >= COPY_SHARE * total[-1])
+
+
 def rank_scores(
     params: PolicyParams,
     positions: npt.ArrayLike,
@@ -230,9 +250,10 @@ def select_keys(
     first = np.array(pinned, dtype=bool)
     ranked = rank_scores(params, positions, scores, first, ikv=ikv, head=head)
     free = params.budget - int(first.sum())
-    if not params.needs_lookahead or params.follow_size == 0 or free <= 0:
+    follows = params.needs_lookahead and params.follow_size > 0 and free > 0
+    if scores is None or not follows or not copies(scores, first):
         return select(ranked, params.budget, first)
-    first[select(ranked, params.budget - free // 2, first)] = True
+    first[select(ranked, params.budget - 3 * free // 8, first)] = True
     return select(follow_scores(ranked, positions, params.follow_size), params.budget, first)
 
 

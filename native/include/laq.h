@@ -93,8 +93,8 @@ struct laq_params {
     uint32_t n_window_snapkv;      // the same for SNAPKV
     uint32_t n_sink;               // first positions, always kept
     uint32_t n_kernel;             // pooling width over neighbouring keys, odd
-    uint32_t n_follow;             // LAQ, LAQ_PP: half of the budget goes to keys that follow within so
-                                   // many positions after the best; 0 = all goes to the best
+    uint32_t n_follow;             // LAQ, LAQ_PP: in heads that copy, 3/8 of the free cells go to keys
+                                   // that follow the best within so many positions; 0 = none do
     uint32_t                seed;  // for RANDOM
     uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept

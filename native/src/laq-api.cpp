@@ -81,7 +81,7 @@ laq_params laq_default_params(void) {
     p.n_window_snapkv = 32;
     p.n_sink          = 4;
     p.n_kernel        = 7;
-    p.n_follow        = 0;
+    p.n_follow        = 32;
     p.seed            = 0;
     return p;
 }

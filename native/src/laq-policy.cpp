@@ -109,17 +109,33 @@ std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t he
     return res;
 }
 
+bool laq_copies(const float * scores, const uint8_t * pinned, uint32_t n) {
+    // summed in double from left to right, as the reference does: both decide alike
+    double total = 0.0;
+    double best  = 0.0;
+    for (uint32_t i = 0; i < n; ++i) {
+        if (!pinned[i]) {
+            total += (double) scores[i];
+            best = std::max(best, (double) scores[i]);
+        }
+    }
+    return best > 0.0 && best >= LAQ_COPY_SHARE * total;
+}
+
 std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, uint32_t head,
                                       const laq_head_view & view, const uint8_t * pinned) {
     const std::vector<float> rank     = laq_rank(params, ikv, head, view, pinned);
     const uint32_t           n_budget = params.n_kv_budget;
     const uint32_t           n_pinned = std::accumulate(pinned, pinned + view.n, 0u);
 
-    if (!laq_policy_needs_lookahead(params) || params.n_follow == 0 || n_pinned >= n_budget) {
+    const bool follows = laq_policy_needs_lookahead(params) && params.n_follow > 0 && n_pinned < n_budget;
+    if (!follows || !laq_copies(view.scores, pinned, view.n)) {
         return laq_top(rank.data(), pinned, view.n, n_budget);
     }
+    const uint32_t n_after = (uint32_t) ((uint64_t) 3 * (n_budget - n_pinned) / 8);
+
     std::vector<uint8_t> first(pinned, pinned + view.n);
-    for (uint32_t i : laq_top(rank.data(), pinned, view.n, n_pinned + (n_budget - n_pinned + 1) / 2)) {
+    for (uint32_t i : laq_top(rank.data(), pinned, view.n, n_budget - n_after)) {
         first[i] = 1;
     }
     std::vector<float> followed(view.n);

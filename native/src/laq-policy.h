@@ -16,6 +16,11 @@ void laq_pool(const float * src, float * dst, uint32_t n, uint32_t n_kernel, laq
 // dst [n] = the highest of src [n] at the positions pos[i] - n_follow .. pos[i]; pos ascending, not in place
 void laq_follow(const float * src, const int32_t * pos, float * dst, uint32_t n, uint32_t n_follow);
 
+// A head copies when its best key has this share of the attention to keys that are not pinned [n]: one key per query,
+// as when a text is read word for word. scores [n] raw
+constexpr double LAQ_COPY_SHARE = 0.07;
+bool             laq_copies(const float * scores, const uint8_t * pinned, uint32_t n);
+
 // indices of the kept keys, ascending
 //   pinned [n]: 1 = kept before anything else
 //   then the best by score, equal scores: the lower index
@@ -34,8 +39,8 @@ struct laq_head_view {
 std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view,
                             const uint8_t * pinned);
 
-// The selection given what is pinned [n]: indices into view, ascending. The policies that look ahead give half of the
-// cells that are not pinned to the best keys, the rest to what follows the best within n_follow positions.
+// The selection given what is pinned [n]: indices into view, ascending. Where a head copies, the policies that look
+// ahead give 3/8 of the cells that are not pinned to what follows the best keys within n_follow positions.
 std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, uint32_t head,
                                       const laq_head_view & view, const uint8_t * pinned);
 

@@ -97,6 +97,27 @@ static void test_follow() {
     laq_follow(nullptr, nullptr, nullptr, 0, 32);
 }
 
+static void test_copies() {
+    // 100 keys of 1 and one of 7 or 8: 7 of 107 is less than 7 %, 8 of 108 is more
+    floats               scores(101, 1.0f);
+    std::vector<uint8_t> pinned(101, 0);
+
+    const auto copies = [&]() { return laq_copies(scores.data(), pinned.data(), (uint32_t) scores.size()); };
+    scores[40]        = 7.0f;
+    CHECK(!copies());
+    scores[40] = 8.0f;
+    CHECK(copies());
+    // what is pinned is neither the best key nor part of the sum
+    pinned[40] = 1;
+    CHECK(!copies());
+    std::fill(scores.begin(), scores.end(), 0.0f);
+    CHECK(!copies());
+    CHECK(!laq_copies(nullptr, nullptr, 0));
+    const float   inf[]  = { INFINITY, -INFINITY, 5.0f };
+    const uint8_t none[] = { 0, 0, 0 };
+    CHECK(!laq_copies(inf, none, 3));
+}
+
 static indices top(const floats & scores, const std::vector<uint8_t> & pinned, uint32_t n_budget) {
     return laq_top(scores.data(), pinned.data(), (uint32_t) scores.size(), n_budget);
 }
@@ -205,12 +226,16 @@ static void test_select_head() {
     params.n_pinned = 0;
     params.pooling  = LAQ_POOLING_NONE;
     CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
-    // position 3 follows 2, which the lookahead attends to most; snapkv does not look ahead
-    params.n_follow = 1;
-    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 2, 5 }));
+    // two cells for the best, at 2 and 7, one for 3, which follows 2; snapkv does not look ahead
+    const floats        copied = { 9, 4, 1, 3, 2, 8 };
+    const laq_head_view copy   = { pos.data(), copied.data(), 6, 9 };
+    params.n_follow            = 1;
+    params.n_kv_budget         = 5;
+    CHECK((laq_select_head(params, 0, 0, copy) == indices{ 0, 1, 2, 3, 5 }));
     params.policy          = LAQ_POLICY_SNAPKV;
     params.n_window_snapkv = 1;
-    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+    CHECK((laq_select_head(params, 0, 0, copy) == indices{ 0, 1, 3, 4, 5 }));
+    params.n_kv_budget = 4;
 
     params.policy = LAQ_POLICY_STREAMING;
     CHECK((laq_select_head(params, 0, 0, blind) == indices{ 0, 3, 4, 5 }));
@@ -280,6 +305,7 @@ static void test_n_pinned() {
 int main() {
     test_pool();
     test_follow();
+    test_copies();
     test_top();
     test_top_random();
     test_random_score();

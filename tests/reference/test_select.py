@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from laq_gguf.reference import (
     POLICIES,
     PolicyParams,
+    copies,
     follow_scores,
     pinned_mask,
     query_range,
@@ -61,16 +62,44 @@ def test_keys_after_the_best_follow_it_by_hand() -> None:
     assert follow_scores(scores, positions, 1).tolist() == [0, 4, 4, 2, 2, 0]
     assert follow_scores(scores, positions, 4).tolist() == [0, 4, 4, 2, 2, 2]
     assert follow_scores(scores, positions, 5).tolist() == [0, 4, 4, 4, 2, 2]
-    params = PolicyParams(4, policy="laq", n_sink=1, pooling="none", follow_size=1)
+    # three cells are free: two for the best, at 2 and 7; one of 3 * 3 // 8 for what follows
+    scores = [0, 4, 1, 3, 2, 0]
+    params = PolicyParams(5, policy="laq", n_sink=1, pooling="none", follow_size=1)
     kept = select_head(params, positions, 9, scores)
-    assert positions[kept].tolist() == [0, 2, 3, 9]
+    assert positions[kept].tolist() == [0, 2, 3, 7, 9]
     # what stays anyway lifts nobody
-    kept = select_head(params, positions, 9, [99, 4, 1, 2, 0, 0])
-    assert positions[kept].tolist() == [0, 2, 3, 9]
+    kept = select_head(params, positions, 9, [99, 4, 1, 3, 2, 0])
+    assert positions[kept].tolist() == [0, 2, 3, 7, 9]
     # snapkv looks at the prompt alone and does not follow
-    params = PolicyParams(4, policy="snapkv", n_sink=1, pooling="none", follow_size=1)
+    params = PolicyParams(5, policy="snapkv", n_sink=1, pooling="none", follow_size=1)
     kept = select_head(params, positions, 9, scores)
-    assert positions[kept].tolist() == [0, 2, 7, 9]
+    assert positions[kept].tolist() == [0, 2, 7, 8, 9]
+
+
+def test_only_heads_that_copy_follow_by_hand() -> None:
+    nothing = np.zeros(101, bool)
+    # 100 keys of 1 and one of 7 or 8: 7 of 107 is less than 7 %, 8 of 108 is more
+    even = np.ones(101, np.float32)
+    even[40] = 7
+    assert not copies(even, nothing)
+    even[40] = 8
+    assert copies(even, nothing)
+    # what is pinned is neither the best key nor part of the sum
+    assert not copies(even, np.arange(101) == 40)
+    even[40], even[41] = 7, 50
+    assert copies(even, np.arange(101) >= 41)
+    # no attention, nothing free, no order
+    assert not copies(np.zeros(3), np.zeros(3, bool))
+    assert not copies([1, 2], [True, True])
+    assert not copies([np.inf, -np.inf, 5], np.zeros(3, bool))
+    params = PolicyParams(10, policy="laq++", n_sink=0, pooling="none", follow_size=8)
+    even = np.ones(101, np.float32)
+    even[40] = 7
+    kept = select_head(params, np.arange(101), 100, even)
+    assert kept.tolist() == [*range(8), 40, 100]
+    even[40] = 8
+    kept = select_head(params, np.arange(101), 100, even)
+    assert kept.tolist() == [*range(5), 40, 41, 42, 43, 100]
 
 
 def test_pinned_by_hand() -> None:
