@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ import numpy.typing as npt
 from ._version import LLAMA_CPP_PYTHON_VERSION
 from .errors import LaqLibraryError, LaqStateError, native_error
 from .stats import KvStats
+
+SEQ_ID = 0  # llama_cpp.Llama has one sequence
 
 
 def library_dir() -> Path:
@@ -192,11 +194,18 @@ class Attachment:
     def _call(self, function: str, *args: Any) -> None:
         if self._laq is None:
             raise LaqStateError("the model is closed: make a new Llama")
-        self._native.check(function, getattr(self._native.lib, function)(self._laq, *args))
+        self._native.check(function, getattr(self._native.lib, function)(self._laq, SEQ_ID, *args))
 
-    def reserve(self, n_tokens: int) -> None:
-        """Allocate cells for `n_tokens` more tokens in one step."""
-        self._call("laq_reserve", n_tokens)
+    def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
+        """Make room for the next tokens of a prompt; how many of them to decode in one batch.
+
+        Args:
+            tokens: (n_left,) all that is left of the prompt.
+        """
+        n_chunk = self._native.ffi.new("uint32_t *")
+        src = self._native.ffi.from_buffer("int32_t[]", np.ascontiguousarray(tokens, np.int32))
+        self._call("laq_prompt_next", src, len(tokens), n_chunk)
+        return int(n_chunk[0])
 
     def prompt_end(self) -> None:
         """The prompt ends with the last token decoded: evict, or wait for the lookahead queries."""
@@ -205,6 +214,11 @@ class Attachment:
     def flush(self) -> None:
         """Carry out an eviction that waits, with the lookahead queries there are."""
         self._call("laq_flush")
+
+    def set_pinned(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Positions [first, end) that no eviction frees from now on."""
+        pinned = self._native.ffi.new("struct laq_span[]", [list(span) for span in spans])
+        self._call("laq_set_pinned", pinned, len(spans))
 
     def stats(self, scored: bool) -> KvStats:
         """Counters; `scored` says whether the policy ranks tokens by attention."""

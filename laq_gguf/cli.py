@@ -27,17 +27,18 @@ CACHE_TYPES = {
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
+        config.parse_bytes(text)
+    except LaqArgumentError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of tokens nor a share of n_ctx between 0 and 1"
-        ) from None
+            f"{text!r} is neither a number of tokens, nor a share of n_ctx between 0 and 1, nor a "
+            "size in bytes such as 512MiB"
+        ) from error
+    return text
 
 
 def _add_cache_flags(add: Any) -> None:
@@ -48,8 +49,12 @@ def _add_cache_flags(add: Any) -> None:
         type=_budget,
         metavar="N",
         help="tokens per layer and KV head that stay in the cache when the prompt has been read, "
-        "or a share of --n-ctx between 0 and 1; without it nothing is evicted",
+        "a share of --n-ctx between 0 and 1, or bytes for all cells such as 512MiB; without it "
+        "nothing is evicted",
     )
+    staging = "cells beyond the budget, for what is being read and generated; by default as many "
+    staging += f"as the budget, but at least {config.default_staging(0)}"
+    add("--kv-staging", type=int, metavar="N", help=staging)
     policy, lookahead = defaults.kv_policy, defaults.lookahead
     add("--kv-policy", choices=config.POLICIES, default=policy, help="what ranks the tokens")
     add(
@@ -163,6 +168,7 @@ def _open_model(args: argparse.Namespace) -> Llama:
     return Llama(
         args.model,
         kv_budget=args.kv_budget,
+        kv_staging=args.kv_staging,
         kv_policy=args.kv_policy,
         lookahead=args.lookahead,
         lookahead_size=args.lookahead_size,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -18,74 +16,29 @@ native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
 import llama_cpp  # noqa: E402
 
-from .config import CONFIG_NAMES, SCORED_POLICIES, LaqConfig  # noqa: E402
+from .arguments import check_compatible, check_file, check_names  # noqa: E402
+from .chat import system_prefix  # noqa: E402
+from .config import (  # noqa: E402
+    CONFIG_NAMES,
+    SCORED_POLICIES,
+    LaqConfig,
+    check_staging,
+    parse_bytes,
+    round_cells,
+)
 from .errors import (  # noqa: E402
-    LaqArgumentError,
     LaqContextFullError,
     LaqModelError,
+    LaqNativeError,
     LaqStateError,
 )
+from .gguf_meta import read_shape  # noqa: E402
+from .state import StateMixin  # noqa: E402
 from .stats import KvStats  # noqa: E402
 
-N_CTX_STEP = 256
 
-_STOCK = inspect.signature(llama_cpp.Llama.__init__).parameters
-_STOCK_NAMES = tuple(
-    name for name, p in _STOCK.items() if name != "self" and p.kind is not p.VAR_KEYWORD
-)
-
-
-def _check_names(kwargs: dict[str, Any]) -> None:
-    """llama_cpp.Llama drops unknown keywords in silence; here they are a TypeError."""
-    known = sorted({*_STOCK_NAMES, *CONFIG_NAMES, "kv_budget"})
-    for name in kwargs:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise TypeError(
-                f"Llama() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?"
-            )
-
-
-def _check_compatible(kwargs: dict[str, Any]) -> None:
-    """Refuse the llama_cpp settings under which nothing could be evicted rightly."""
-    pooling = (llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_POOLING_TYPE_NONE)
-    causal = (llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ATTENTION_TYPE_CAUSAL)
-    refused = {
-        "draft_model": kwargs.get("draft_model") is not None,
-        "embedding": bool(kwargs.get("embedding")),
-        "vocab_only": bool(kwargs.get("vocab_only")),
-        "pooling_type": kwargs.get("pooling_type", pooling[0]) not in pooling,
-        "attention_type": kwargs.get("attention_type", causal[0]) not in causal,
-    }
-    reasons = {
-        "draft_model": "rejected draft tokens would have to be taken back from an evicted cache",
-        "embedding": "embeddings are read from the whole prompt",
-        "vocab_only": "a model without weights has no KV cache",
-        "pooling_type": "pooled embeddings are read from the whole prompt",
-        "attention_type": "every token of a non-causal model sees all others",
-    }
-    for name, is_refused in refused.items():
-        if is_refused:
-            raise LaqArgumentError(
-                f"{name}={kwargs[name]!r} cannot be combined with kv_budget: {reasons[name]}; "
-                f"leave out one of them"
-            )
-
-
-def _check_file(path: str) -> None:
-    if not os.path.isfile(path):
-        raise LaqModelError(f"model_path: there is no file {path}")
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise LaqModelError(f"model_path: {path} cannot be read: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise LaqModelError(f"model_path: {path} is not a GGUF file (it begins with {magic!r})")
-
-
-class Llama(llama_cpp.Llama):
-    """llama_cpp.Llama whose KV cache keeps at most `kv_budget` tokens of a prompt.
+class Llama(StateMixin, llama_cpp.Llama):
+    """llama_cpp.Llama in a KV cache of fixed size, however long prompt, answer and chat grow.
 
     Attributes:
         kv_budget: tokens per layer and KV head that stay once a prompt has been read, or None.
@@ -96,12 +49,15 @@ class Llama(llama_cpp.Llama):
     progress: Callable[[int, int], None] | None = None
     _laq: Attachment | None = None
     _is_decoding = False  # generate() is past the prompt: several tokens are a draft sent to it
+    _n_ctx_logical: int | None = None  # None: as many as there are cells
+    _pinned_prefix: Sequence[int] = ()  # the system turn of the chat
 
     def __init__(
         self,
         model_path: str,
         *,
-        kv_budget: int | float | None = None,
+        kv_budget: int | float | str | None = None,
+        kv_staging: int | None = None,
         kv_policy: str = "laq++",
         lookahead: str = "deferred",
         lookahead_size: int = 8,
@@ -114,6 +70,9 @@ class Llama(llama_cpp.Llama):
         follow_size: int = 32,
         draft: str = "full",
         score_kernel: str = "auto",
+        probe_size: int = 48,
+        chunk_size: int = 0,
+        pin_system: bool = True,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -124,8 +83,13 @@ class Llama(llama_cpp.Llama):
         Args:
             model_path: the GGUF file.
             kv_budget: tokens per layer and KV head that stay once a prompt has been read: an int,
-                or a float between 0 and 1 as a share of n_ctx. None: nothing is attached; the
-                settings below are checked but have nothing to act on.
+                a float between 0 and 1 as a share of n_ctx, or a string such as "512MiB": bytes
+                of the whole KV cache, staging included. None: nothing is attached; the settings
+                below are checked but have nothing to act on.
+            kv_staging: cells beyond the budget, for what is being read and generated. Budget and
+                staging, rounded up to a multiple of 256, are allocated here and never grow. A
+                prompt that fits them is evicted once, with all of it in view; a longer one is
+                read in chunks. None: as large as the budget, but at least 512.
             kv_policy: what ranks the tokens: "laq++" (attention of the lookahead queries and of
                 the last window_size prompt queries), "laq" (lookahead queries alone), "snapkv"
                 (the last snapkv_window prompt queries), "streaming" (the most recent tokens),
@@ -146,8 +110,14 @@ class Llama(llama_cpp.Llama):
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
+            probe_size: last tokens of a prompt that are read ahead, where it does not fit, to
+                score what has been read; dropped afterwards.
+            chunk_size: most tokens of such a prompt between two evictions; 0 = n_batch.
+            pin_system: keep the system turn of a chat whole, found by create_chat_completion.
             n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
-                llama.cpp does; 0 = what the model was trained for.
+                llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no
+                memory. Beyond the length that the model was trained for nothing is decoded, unless
+                rope_scaling_type, rope_freq_base or rope_freq_scale say how.
             seed: of sampling, and of kv_policy="random".
             flash_attn: on by default, unlike in llama_cpp.
             **kwargs: the other keywords of llama_cpp.Llama.
@@ -158,7 +128,7 @@ class Llama(llama_cpp.Llama):
             LaqModelError: (a ValueError) the file is missing, truncated or not GGUF.
             LaqUnsupportedError: (a RuntimeError and ValueError) this model cannot be evicted.
         """
-        _check_names(kwargs)
+        check_names(kwargs)
         self.laq_config = LaqConfig(
             kv_policy=kv_policy,
             lookahead=lookahead,
@@ -172,26 +142,73 @@ class Llama(llama_cpp.Llama):
             follow_size=follow_size,
             draft=draft,
             score_kernel=score_kernel,
+            probe_size=probe_size,
+            chunk_size=chunk_size,
         )
-        self._asked_budget = kv_budget
+        self._asked = {
+            "kv_budget": kv_budget,
+            "kv_staging": check_staging(kv_staging),
+            "pin_system": bool(pin_system),
+        }
         self.kv_budget: int | None = None
+        path = os.fspath(model_path)
         # llama.cpp rounds up by itself, but llama_cpp's arrays keep the number they are given
-        n_ctx = -(-n_ctx // N_CTX_STEP) * N_CTX_STEP
+        n_ctx = round_cells(n_ctx)
+        n_cells = n_ctx
         if kv_budget is not None:
-            _check_compatible(kwargs)
-            if n_ctx > 0:  # otherwise known only when the model is loaded
-                self.laq_config.resolve_budget(kv_budget, n_ctx)
-        _check_file(os.fspath(model_path))
-        kwargs.update(n_ctx=n_ctx, seed=seed, flash_attn=flash_attn)
+            check_compatible(kwargs)
+            # wrong values before the file is looked at
+            if isinstance(kv_budget, str):
+                parse_bytes(kv_budget)
+            elif n_ctx > 0:
+                self._size(path, n_ctx, kwargs)
+        check_file(path)
+        if kv_budget is not None:
+            n_ctx = n_ctx or round_cells(read_shape(path).n_ctx_train)
+            self.kv_budget, n_cells = self._size(path, n_ctx, {**kwargs, "flash_attn": flash_attn})
+        kwargs.update(n_ctx=n_cells, seed=seed, flash_attn=flash_attn)
         try:
-            self._load(os.fspath(model_path), kwargs)
+            self._load(path, kwargs)
             self._n_ctx = min(self._n_ctx, len(self.input_ids))
-            if kv_budget is not None:
-                self.kv_budget = self.laq_config.resolve_budget(kv_budget, self._n_ctx)
-                self._attach(self.kv_budget)
+            if self.kv_budget is not None:
+                self._set_length(n_ctx, kwargs)
+                self._attach(self.kv_budget, n_ctx)
         except BaseException:
             self.close()
             raise
+
+    def _size(self, path: str, n_ctx: int, kwargs: dict[str, Any]) -> tuple[int, int]:
+        """Budget and cells."""
+
+        def bytes_per_cell() -> int:
+            return read_shape(path).bytes_per_cell(
+                kwargs.get("type_k"), kwargs.get("type_v"), kwargs.get("flash_attn", True)
+            )
+
+        asked = self._asked["kv_budget"], self._asked["kv_staging"]
+        size = self.laq_config.cache_size(*asked, n_ctx, bytes_per_cell)
+        return size.budget, size.n_cells
+
+    def _set_length(self, n_ctx: int, kwargs: dict[str, Any]) -> None:
+        """Make llama_cpp's arrays as long as a conversation may get, whatever the cells."""
+        self._n_ctx_logical = n_ctx
+        self._n_ctx = min(n_ctx, self._n_positions(kwargs))
+        self.input_ids = np.zeros((n_ctx,), dtype=np.intc)
+        if self._logits_all:
+            self.scores = np.ndarray((self._n_ctx, self._n_vocab), dtype=np.single)
+
+    def _n_positions(self, kwargs: dict[str, Any]) -> int:
+        """Positions at which the model works: trained for, or told to stretch to."""
+        unset = llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED
+        if kwargs.get("rope_freq_base") or kwargs.get("rope_scaling_type", unset) != unset:
+            return 2**31 - 1
+        n_trained = self._model.n_ctx_train()
+        scale = kwargs.get("rope_freq_scale") or 1.0
+        return int(n_trained / scale) if 0 < scale < 1 else n_trained
+
+    def n_ctx(self) -> int:
+        """Tokens that a conversation may have."""
+        return super().n_ctx() if self._n_ctx_logical is None else self._n_ctx_logical
 
     def _load(self, model_path: str, kwargs: dict[str, Any]) -> None:
         with native_errors() as lines:
@@ -203,8 +220,8 @@ class Llama(llama_cpp.Llama):
                 reason = "; ".join(dict.fromkeys(lines)) or "llama.cpp gave no reason"
                 raise LaqModelError(f"{error}: {reason}") from error
 
-    def _attach(self, budget: int) -> None:
-        params, spans = self.laq_config.to_native(native, budget, self._seed)
+    def _attach(self, budget: int, n_ctx: int) -> None:
+        params, spans = self.laq_config.to_native(native, budget, n_ctx, self._seed)
         address = llama_cpp.ctypes.cast(self._ctx.ctx, llama_cpp.ctypes.c_void_p).value
         assert address is not None
         self._laq = Attachment(native, address, params)
@@ -234,39 +251,82 @@ class Llama(llama_cpp.Llama):
         return self._attached("kept_positions()").kept_positions()
 
     def _check_room(self, n_tokens: int) -> None:
-        if n_tokens > self._n_ctx:
+        if n_tokens <= self._n_ctx:
+            return
+        if n_tokens > self.n_ctx():
             raise LaqContextFullError(
-                f"{n_tokens} tokens do not fit n_ctx={self._n_ctx}: shorten the prompt, call "
+                f"{n_tokens} tokens do not fit n_ctx={self.n_ctx()}: shorten the prompt, call "
                 "reset(), or make the model with a larger n_ctx"
             )
+        raise LaqContextFullError(
+            f"{n_tokens} tokens: the model was trained for {self._n_ctx} positions and answers "
+            "nonsense beyond; shorten the conversation, call reset(), or say with "
+            "rope_scaling_type, rope_freq_base or rope_freq_scale how to stretch it"
+        )
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Decode tokens after the ones already decoded.
 
-        More than one token is taken as a prompt, unless they were sent into `generate`.
+        More than one token is taken as a prompt, unless they were sent into `generate`. With
+        kv_budget, what finds no cells makes older tokens be evicted.
 
         Raises:
-            LaqContextFullError: n_tokens + len(tokens) is above n_ctx; nothing was decoded.
+            LaqContextFullError: n_tokens + len(tokens) is above n_ctx, or above what the model
+                was trained for; nothing was decoded.
             LaqStateError: n_tokens was set back to where tokens have been evicted.
-            LaqNativeError: no memory for the cells, or the eviction failed.
+            LaqNativeError: decoding or the eviction failed, or was aborted.
         """
-        n_total = len(tokens)
-        is_prompt = n_total > 1 and not self._is_decoding
-        self._check_room(self.n_tokens + n_total)
+        self._check_room(self.n_tokens + len(tokens))
         if self._laq is not None:
             self._truncate()
-            if is_prompt:
-                self._laq.reserve(n_total)
         try:
-            for i in range(0, max(n_total, 1), self.n_batch):
-                super().eval(tokens[i : i + self.n_batch])
-                if is_prompt and self.progress is not None:
-                    self.progress(min(i + self.n_batch, n_total), n_total)
-            if is_prompt and self._laq is not None:
-                self._laq.prompt_end()
+            if len(tokens) > 1 and not self._is_decoding:
+                self._read(tokens)
+            else:
+                self._decode(tokens)
         except BaseException:
             self._requires_eval = True  # the logits are not those of the last token
             raise
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Decode a prompt, piece by piece."""
+        n_total, n_done = len(tokens), 0
+        left = np.asarray(tokens, dtype=np.int32)
+        if self._laq is not None:
+            self._pin(left)
+        while n_done < n_total:
+            n = self.n_batch if self._laq is None else self._laq.prompt_next(left[n_done:])
+            self._decode(tokens[n_done : n_done + n])
+            n_done = min(n_done + n, n_total)
+            if self.progress is not None:
+                self.progress(n_done, n_total)
+        if self._laq is not None:
+            self._laq.prompt_end()
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            status = str(error).removeprefix("llama_decode returned ")
+            if self._laq is None or not status.lstrip("-").isdigit():
+                raise
+            stats = self.kv_stats()
+            reason = {
+                "1": f"no cells for {len(tokens)} tokens: {stats.n_resident} of {stats.n_cells} "
+                "are in use; raise kv_staging or lower kv_budget",
+                "2": "it was aborted by the abort callback",
+            }.get(status, "llama.cpp failed; its log says why")
+            raise LaqNativeError(f"llama_decode returned {status}: {reason}", 4) from error
+
+    def _pin(self, tokens: npt.NDArray[np.int32]) -> None:
+        """Keep the system turn whole, if the conversation that is being read begins with it."""
+        assert self._laq is not None
+        spans, n = list(self.laq_config.pinned), len(self._pinned_prefix)
+        if n:
+            begin = np.concatenate([self._input_ids[:n], tokens[: max(0, n - self.n_tokens)]])
+            if begin.tolist() == list(self._pinned_prefix):
+                spans.append((0, n))
+        self._laq.set_pinned(spans)
 
     def _truncate(self) -> None:
         """Drop what lies beyond n_tokens; llama_cpp ignores that an evicted cache can refuse it."""
@@ -314,47 +374,28 @@ class Llama(llama_cpp.Llama):
         except ValueError as error:
             if type(error) is not ValueError or not str(error).startswith("Requested tokens"):
                 raise
+            n_prompt = int("".join(filter(str.isdigit, str(error).partition(")")[0])))
+            self._check_room(n_prompt)
             raise LaqContextFullError(
-                f"{error} (n_ctx): shorten the prompt or make the model with a larger n_ctx"
+                f"a prompt of {n_prompt} tokens leaves no room for an answer in n_ctx="
+                f"{self._n_ctx}: shorten the prompt or make the model with a larger n_ctx"
             ) from error
 
-    def save_state(self) -> llama_cpp.LlamaState:
-        """Tokens, KV cache and what the eviction knows, for `load_state`.
+    def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        """llama_cpp's, with the system turn pinned (see pin_system)."""
+        if self._laq is not None and self._asked["pin_system"]:
+            self._pinned_prefix = self._system_turn(messages, kwargs)
+        return super().create_chat_completion(messages, *args, **kwargs)
 
-        Raises:
-            LaqStateError: llama.cpp could not write the state.
-        """
-        with native_errors() as lines:
-            state = super().save_state()
-        if state.llama_state_size == 0:
-            raise LaqStateError(f"the state could not be saved: {'; '.join(lines)}")
-        return state
-
-    def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Go back to a saved state, of a model made with the same settings.
-
-        Raises:
-            LaqContextFullError: the state has more tokens than n_ctx; nothing was changed.
-            LaqStateError: the state was saved under other settings; the model is reset.
-        """
-        self._check_room(state.n_tokens)
-        input_ids = self.input_ids
-        if state.scores.shape != self.scores[: state.n_tokens].shape:
-            raise LaqStateError(
-                "the state was saved by another model, or with another n_batch or logits_all"
-            )
-        with native_errors() as lines:
-            try:
-                super().load_state(state)
-            except RuntimeError as error:
-                self.input_ids = input_ids
-                self.reset()
-                self._ctx.kv_cache_clear()
-                reason = "; ".join(dict.fromkeys(lines)) or str(error)
-                raise LaqStateError(f"the state does not fit this model: {reason}") from error
-        # the state's array has its own n_ctx
-        input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.input_ids = input_ids
+    def _system_turn(self, messages: Any, kwargs: dict[str, Any]) -> list[int]:
+        handler = (
+            self.chat_handler
+            or self._chat_handlers.get(self.chat_format)
+            or llama_cpp.llama_chat_format.get_chat_completion_handler(self.chat_format)
+        )
+        names = ("functions", "function_call", "tools", "tool_choice", "reasoning_budget")
+        rendered = {name: kwargs[name] for name in names if name in kwargs}
+        return system_prefix(self, handler, messages, **rendered)
 
     def close(self) -> None:
         """Free the model, also one whose construction failed."""
@@ -365,5 +406,6 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.update({name: getattr(self.laq_config, name) for name in CONFIG_NAMES})
-        state["kv_budget"] = self._asked_budget
+        state.update(self._asked)
+        state["n_ctx"] = self.n_ctx()
         return state

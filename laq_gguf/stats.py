@@ -14,6 +14,7 @@ class KvStats:
         n_tokens: logical length: last position + 1.
         n_resident: cells in use (per layer and KV head).
         n_cells: cells allocated.
+        n_ctx: positions that a conversation may have.
         n_layer: layers of the KV cache.
         n_head_kv: KV heads of a layer (the largest).
         n_intact: first position from which every head holds every token; 0 = nothing evicted.
@@ -21,11 +22,16 @@ class KvStats:
         kv_bytes: bytes of K and V, read back from the backend's buffers.
         kv_bytes_full: bytes that a cache of n_ctx cells takes.
         ring_bytes: bytes of the ring of captured queries.
+        compute_bytes: bytes that graphs compute in, those of evictions included, read back from
+            llama.cpp's scheduler.
+        n_decoded: tokens decoded since the context was made, probe and pseudo tokens included.
+        n_probe: of these, probe tokens: the end of a prompt that is too long for the free cells,
+            read ahead to score what is cached, and dropped.
+        n_pseudo: of these, pseudo tokens decoded ahead and dropped.
         n_evictions: evictions since the context was made.
-        n_resizes: times the cache was reallocated.
-        n_pseudo: pseudo tokens decoded and dropped.
         score_kernel: "fused" or "composed": what made the last scores; None if nothing was scored.
-        ms_lookahead: milliseconds spent decoding pseudo tokens, over all evictions.
+        ms_probe: milliseconds spent decoding probe tokens, over all evictions.
+        ms_lookahead: the same for pseudo tokens.
         ms_score: the same for the scores.
         ms_select: the same for choosing what stays.
         ms_compact: the same for moving K and V.
@@ -34,6 +40,7 @@ class KvStats:
     n_tokens: int
     n_resident: int
     n_cells: int
+    n_ctx: int
     n_layer: int
     n_head_kv: int
     n_intact: int
@@ -41,10 +48,13 @@ class KvStats:
     kv_bytes: int
     kv_bytes_full: int
     ring_bytes: int
-    n_evictions: int
-    n_resizes: int
+    compute_bytes: int
+    n_decoded: int
+    n_probe: int
     n_pseudo: int
+    n_evictions: int
     score_kernel: str | None
+    ms_probe: float
     ms_lookahead: float
     ms_score: float
     ms_select: float

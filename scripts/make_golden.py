@@ -27,6 +27,7 @@ from laq_gguf.reference import (  # noqa: E402
     Tokens,
     attention_scores,
     causal_mask,
+    plan_chunk,
     pool_scores,
     random_scores,
 )
@@ -39,6 +40,21 @@ OUT = ROOT / "tests" / "golden" / "reference.npz"
 N_LAYER, N_HEAD, N_HEAD_KV, D = 2, 6, 2, 8
 N_PROMPT, N_AHEAD, N_LATER = 96, 8, 24
 PARAMS = {"budget": 40, "snapkv_window": 16, "pinned": ((20, 24),), "seed": 5}
+CAP = {"n_cells": 80, "n_batch": 24}
+N_PLANS = 400
+#: Columns of in_plans, one situation a row, with the ranges [low, high) that they are drawn from.
+PLAN_COLUMNS = {
+    "policy": (0, len(POLICIES)),  # index into POLICIES
+    "budget": (1, 200),
+    "lookahead_size": (1, 12),
+    "probe_size": (1, 64),
+    "chunk_size": (0, 64),
+    "n_cells": (64, 512),
+    "n_used": (0, 100),  # so many less than n_cells
+    "n_resident": (0, 96),  # so many less than n_used
+    "n_left": (0, 256),
+    "n_batch": (1, 128),
+}
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +70,13 @@ def inputs(seed: int) -> Arrays:
     }
     arrays = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
     arrays["in_q"] *= np.float32(2)
-    return arrays
+    plans = np.stack([rng.integers(*r, N_PLANS) for r in PLAN_COLUMNS.values()], axis=1)
+    column = {name: i for i, name in enumerate(PLAN_COLUMNS)}
+    for name, whole in (("n_used", "n_cells"), ("n_resident", "n_used")):
+        less = plans[:, column[name]]
+        plans[:, column[name]] = np.maximum(plans[:, column[whole]] - less, 0)
+    plans[::2, column["chunk_size"]] = 0
+    return {**arrays, "in_plans": plans.astype(np.int32)}
 
 
 def _scores(given: Arrays) -> Arrays:
@@ -104,6 +126,40 @@ def _life(given: Arrays, policy: str, lookahead: str) -> Arrays:
     return {**out, f"kept_again_{name}": cache.positions}
 
 
+def _bounded(given: Arrays, policy: str) -> Arrays:
+    """Positions after a prompt that is read in chunks, and after tokens that overflow the cells."""
+    params = PolicyParams(policy=policy, probe_size=12, chunk_size=16, **PARAMS)
+    shape = {"n_layer": N_LAYER, "n_head": N_HEAD, "n_head_kv": N_HEAD_KV, "n_embd_head": D}
+    cache = KVCache(params, **shape, **CAP)
+    tokens = Tokens(given["in_k"], given["in_k"], given["in_q"])
+    n_left = n_prompt = N_PROMPT + N_AHEAD
+    while n_left:
+        chunk = cache.plan(n_left)
+        probe = None
+        if params.needs_lookahead:
+            # the later tokens stand in for the pseudo ones
+            probe = tokens[n_prompt - chunk.n_probe : n_prompt + params.lookahead_size]
+        cache.make_room(chunk.n_evict, probe, chunk.n_probe)
+        cache.append(tokens[cache.n_tokens : cache.n_tokens + chunk.n_tokens])
+        n_left -= chunk.n_tokens
+    out = {f"kept_bounded_{policy}": cache.positions}
+    for i in range(n_prompt, n_prompt + N_LATER):
+        cache.append(tokens[i : i + 1])
+    return {**out, f"kept_overflow_{policy}": cache.positions}
+
+
+def _plans(given: Arrays) -> Arrays:
+    """n_tokens, n_evict, n_probe of each situation."""
+    rows = []
+    for values in given["in_plans"].tolist():
+        row = dict(zip(PLAN_COLUMNS, values, strict=True))
+        names = ("budget", "lookahead_size", "probe_size", "chunk_size")
+        params = PolicyParams(policy=POLICIES[row.pop("policy")], **{n: row.pop(n) for n in names})
+        chunk = plan_chunk(params, **row)
+        rows.append((chunk.n_tokens, chunk.n_evict, chunk.n_probe))
+    return {"plans": np.array(rows, np.int32)}
+
+
 def outputs(given: Arrays) -> Arrays:
     """Everything the golden file pins down, from its inputs."""
     out = _scores(given)
@@ -111,6 +167,10 @@ def outputs(given: Arrays) -> Arrays:
         out |= _life(given, policy, "deferred")
     for policy in ("laq", "laq++"):
         out |= _life(given, policy, "pseudo")
+    for policy in POLICIES:
+        if policy != "full":
+            out |= _bounded(given, policy)
+    out |= _plans(given)
     return out
 
 

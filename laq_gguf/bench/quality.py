@@ -77,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=_names(METHODS), default=list(METHODS), help=f"of {', '.join(METHODS)}"
     )
+    parser.add_argument("--kv-staging", type=int, default=0,
+                        help="cells beyond the budget; 0 = the whole prompt fits")  # fmt: skip
     parser.add_argument("--budgets", type=_integers, default=[128], help="kv_budget: 64,128,256")
     parser.add_argument("--lookahead", choices=tuple(NOTES), default="pseudo")
     parser.add_argument("--lookahead-size", type=int, default=8)
@@ -345,6 +347,7 @@ def _options(
         options.update(
             METHODS[method],
             kv_budget=budget,
+            kv_staging=args.kv_staging or n_ctx,
             lookahead=args.lookahead,
             lookahead_size=args.lookahead_size,
             window_size=args.window_size,

@@ -152,6 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx-tokens", type=int, default=7500, help="tokens of the long prompt")
     parser.add_argument("--n-short-tokens", type=int, default=512, help="of the short prompt")
     parser.add_argument("--budget", type=int, default=512, help="kv_budget")
+    parser.add_argument("--kv-staging", type=int, default=0,
+                        help="cells beyond the budget; 0 = the whole prompt fits")  # fmt: skip
     parser.add_argument("--policy", default="laq++", help="kv_policy")
     parser.add_argument("--lookahead", choices=("deferred", "pseudo"), default="deferred")
     parser.add_argument("--lookahead-size", type=int, default=8)
@@ -245,6 +247,7 @@ def _open(
     if c.library == "laq_gguf":
         options.update(
             kv_budget=args.budget,
+            kv_staging=args.kv_staging or options["n_ctx"],
             kv_policy=args.policy,
             lookahead=args.lookahead,
             lookahead_size=args.lookahead_size,

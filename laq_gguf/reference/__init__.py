@@ -10,7 +10,9 @@ and sinks, a recent window and user spans that always stay.
 """
 
 from .attention import POOLINGS, attention_scores, causal_mask, pool_scores
-from .cache import KVCache, Tokens
+from .cache import KVCache
+from .cells import Tokens
+from .plan import ChunkPlan, plan_chunk
 from .select import (
     POLICIES,
     PolicyParams,
@@ -28,6 +30,7 @@ from .select import (
 __all__ = [
     "POLICIES",
     "POOLINGS",
+    "ChunkPlan",
     "KVCache",
     "PolicyParams",
     "Tokens",
@@ -36,6 +39,7 @@ __all__ = [
     "copies",
     "follow_scores",
     "pinned_mask",
+    "plan_chunk",
     "pool_scores",
     "query_range",
     "random_scores",

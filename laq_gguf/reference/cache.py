@@ -1,68 +1,24 @@
-"""A KV cache over arrays that evicts by lookahead: append, evict, remove, and where every key came
-from.
+"""A KV cache over arrays that evicts by lookahead: when, and scored by which queries.
 
-Each layer and KV head holds its own tokens, sorted by position; all hold the same number. The
-positions are the origin table: they say which token a cell holds. Positions from `n_intact` on are
-held by every head (the intact suffix), below it every head may miss different tokens.
+Three things evict: the end of a prompt (`prompt_end`), a chunk of a prompt that finds no cells
+(`plan`, `make_room`), and decoding that finds none (`overflow`, which `append` does by itself).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
-from .select import PolicyParams, query_range, select_head
+from .cells import Cells, Tokens
+from .plan import ChunkPlan, check_pinned, plan_chunk
+from .select import PolicyParams, Span, query_range, select_head
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Keys, values and queries (after RoPE) of consecutive tokens in every layer.
-
-    k, v: (n_layer, n_tokens, n_head_kv, d); q: (n_layer, n_tokens, n_head, d).
-    """
-
-    k: FloatArray
-    v: FloatArray
-    q: FloatArray
-
-    def __len__(self) -> int:
-        return self.k.shape[1]
-
-    def __getitem__(self, tokens: slice) -> Tokens:
-        return Tokens(self.k[:, tokens], self.v[:, tokens], self.q[:, tokens])
-
-
-@dataclass
-class _Layer:
-    """One layer: positions (n_head_kv, n_resident), k and v (n_head_kv, n_resident, d)."""
-
-    positions: npt.NDArray[np.int32]
-    k: FloatArray
-    v: FloatArray
-
-    def heads(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-        yield from enumerate(self.positions)
-
-    def keep(self, index: npt.NDArray[np.int64]) -> None:
-        """index (n_head_kv, n_kept): cells of each head that stay, ascending."""
-        self.positions = np.take_along_axis(self.positions, index, axis=1)
-        self.k = np.take_along_axis(self.k, index[:, :, None], axis=1)
-        self.v = np.take_along_axis(self.v, index[:, :, None], axis=1)
-
-    def append(self, positions: npt.NDArray[np.int32], k: FloatArray, v: FloatArray) -> None:
-        """k, v: (n_tokens, n_head_kv, d)."""
-        rows = np.broadcast_to(positions, (len(self.positions), len(positions)))
-        self.positions = np.concatenate([self.positions, rows], axis=1)
-        self.k = np.concatenate([self.k, k.swapaxes(0, 1)], axis=1)
-        self.v = np.concatenate([self.v, v.swapaxes(0, 1)], axis=1)
-
-
-class KVCache:
+class KVCache(Cells):
     """The cache of one sequence under a policy.
 
     Args:
@@ -70,6 +26,10 @@ class KVCache:
         n_layer, n_head, n_head_kv, n_embd_head: shape of the model.
         scale: of q . k; by default 1 / sqrt(n_embd_head).
         softcap, sinks: as in attention_scores; sinks (n_layer, n_head).
+        n_cells: cells that there are and never more; None = as many as it takes.
+        n_batch: tokens that a chunk of a prompt has at most.
+    Raises:
+        ValueError: n_cells or n_batch below 1.
     """
 
     def __init__(
@@ -83,65 +43,58 @@ class KVCache:
         scale: float | None = None,
         softcap: float = 0.0,
         sinks: FloatArray | None = None,
+        n_cells: int | None = None,
+        n_batch: int = 512,
     ) -> None:
+        super().__init__(n_layer, n_head, n_head_kv, n_embd_head, n_cells)
+        if n_batch < 1:
+            raise ValueError(f"n_batch must be at least 1, got {n_batch}")
         self.params = params
-        self.n_layer, self.n_head, self.n_head_kv = n_layer, n_head, n_head_kv
-        self.n_embd_head = n_embd_head
+        self.n_batch = n_batch
         self.scale = n_embd_head**-0.5 if scale is None else scale
         self.softcap = softcap
         self.sinks = sinks
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        empty = np.zeros((self.n_head_kv, 0, self.n_embd_head), np.float32)
-        self.layers = [
-            _Layer(np.zeros((self.n_head_kv, 0), np.int32), empty, empty)
-            for _ in range(self.n_layer)
-        ]
-        self.query_positions = np.zeros(0, np.int32)
-        self.queries = np.zeros((self.n_layer, 0, self.n_head, self.n_embd_head), np.float32)
-        self.scores: list[FloatArray] = []  # raw, of the last eviction, (n_head_kv, n_kv) a layer
-        self.n_tokens = 0  # last position + 1
-        self.n_prompt = 0
-        self.n_intact = 0  # 0 = nothing evicted
-        self.n_evictions = 0
-        self.pending = False  # an eviction waits for its lookahead queries
 
     @property
-    def n_resident(self) -> int:
-        return self.layers[0].positions.shape[1]
-
-    @property
-    def positions(self) -> npt.NDArray[np.int32]:
-        """The origin table: (n_layer, n_head_kv, n_resident), sorted along the last axis."""
-        return np.stack([layer.positions for layer in self.layers])
+    def n_over(self) -> int:
+        """Cells that an eviction down to the budget frees."""
+        return 0 if self.params.policy == "full" else max(self.n_resident - self.params.budget, 0)
 
     def append(self, tokens: Tokens) -> None:
-        """Add tokens at the positions that follow.
+        """Add tokens at the positions that follow, after `prepare`.
 
-        An eviction that waits is carried out first if its lookahead is complete.
+        Raises:
+            ValueError: as `prepare`. The cache is as before.
         """
+        self.prepare(len(tokens))
+        self._append(tokens)
+
+    def prepare(self, n_tokens: int) -> None:
+        """What comes before n_tokens are decoded: a waiting eviction is carried out if its
+        lookahead is complete, and the overflow if they find no cells.
+
+        Raises:
+            ValueError: they find none even then, or more cells are pinned than the budget holds.
+                The cache is as before.
+        """
+        if not self.fits(n_tokens, self.n_over):
+            raise ValueError(
+                f"{n_tokens} tokens find no room: {self.n_used} of n_cells {self.n_cells} are in "
+                f"use, and an eviction frees {self.n_over}: raise n_cells or decode fewer at once"
+            )
         if self.pending and self.n_tokens >= self.n_prompt + self.params.lookahead_size:
             self.flush()
-        positions = np.arange(self.n_tokens, self.n_tokens + len(tokens), dtype=np.int32)
-        for il, layer in enumerate(self.layers):
-            layer.append(positions, tokens.k[il], tokens.v[il])
-        self._append_queries(tokens)
-
-    def _append_queries(self, tokens: Tokens) -> None:
-        positions = np.arange(self.n_tokens, self.n_tokens + len(tokens), dtype=np.int32)
-        self.query_positions = np.concatenate([self.query_positions, positions])
-        self.queries = np.concatenate([self.queries, tokens.q], axis=1)
-        self.n_tokens += len(tokens)
+        if not self.fits(n_tokens):
+            self.overflow()
 
     def prompt_end(self, pseudo: Tokens | None = None) -> None:
         """Say that the prompt ends here. Nothing happens while the cache holds no more than the
         budget.
 
         Deferred lookahead: the eviction waits for the next lookahead_size tokens. Pseudo lookahead:
-        evicts now, with the given tokens, which take part in the softmax and are then dropped
-        (with draft "snapkv" their keys are gone with the small cache, only their queries score).
+        evicts now, with as many of the given tokens as find cells; they take part in the softmax
+        and are then dropped (with draft "snapkv" their keys are gone with the small cache, only
+        their queries score).
         Policies without lookahead evict now.
 
         Raises:
@@ -155,21 +108,25 @@ class KVCache:
                 f"policy {params.policy!r} with lookahead {params.lookahead!r} takes no pseudo "
                 f"tokens"
             )
-        if params.policy == "full" or self.n_resident <= params.budget:
+        if self.n_over == 0:
             self.n_prompt, self.pending = self.n_tokens, False
             return
         if wants_pseudo and (pseudo is None or len(pseudo) == 0):
             raise ValueError("lookahead 'pseudo' needs the pseudo tokens that follow the prompt")
-        self._check_pinned(n_prompt=self.n_tokens)
-        self.n_prompt = self.n_tokens
-        if params.needs_lookahead and not wants_pseudo:
-            self.pending = True
-            return
-        self.pending = False
+        n_prompt, n_intact = self.n_tokens, self._intact(self.n_tokens)
+        defers = params.needs_lookahead and not wants_pseudo
+        n_end = n_prompt + (params.lookahead_size if defers else 0)
+        check_pinned(params, params.budget, n_intact, n_end)
         if pseudo is not None:
-            add = self.append if params.draft == "full" else self._append_queries
-            add(pseudo[: params.lookahead_size])
-        self._evict(self.n_prompt, drop_from=self.n_prompt)
+            ahead = pseudo[: params.lookahead_size]
+            if params.draft == "full":
+                self._append(ahead[: self.n_free])
+            else:
+                self._append_queries(ahead)
+        self.n_prompt, self.pending = n_prompt, defers
+        if not defers:
+            queries = query_range(params, n_prompt, self.n_tokens)
+            self._evict(params.budget, n_intact, queries, n_end)
 
     def draft(self) -> KVCache:
         """The cache that the paper generates its pseudo tokens from: a copy of this one, cut to the
@@ -190,97 +147,136 @@ class KVCache:
         if not self.pending:
             return
         self.pending = False
-        if self.n_resident > self.params.budget:
-            self._evict(max(self.n_prompt, self.n_tokens - self.params.lookahead_size))
+        if self.n_over:
+            n_prompt = max(self.n_prompt, self.n_tokens - self.params.lookahead_size)
+            queries = query_range(self.params, n_prompt, self.n_tokens)
+            self._evict(self.params.budget, self._intact(n_prompt), queries, self.n_tokens)
 
-    def keep(self, positions: npt.NDArray[np.int32], n_intact: int) -> None:
-        """Evict down to given positions, as another implementation selected them.
+    def plan(self, n_left: int) -> ChunkPlan:
+        """The next chunk of a prompt of which n_left tokens are left. Changes nothing."""
+        if self.n_cells is None:
+            return ChunkPlan(min(n_left, self.n_batch))
+        return plan_chunk(
+            self.params,
+            n_cells=self.n_cells,
+            n_used=self.n_used,
+            n_resident=self.n_resident,
+            n_left=n_left,
+            n_batch=self.n_batch,
+        )
+
+    def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
+        """Carry out the eviction of a plan. Comes before each chunk; with n_evict 0 nothing goes.
+
+        An eviction that waits is given up: the end of this prompt brings its own.
 
         Args:
-            positions: (n_layer, n_head_kv, n_kept), ascending, all resident.
-            n_intact: position from which every head holds every token.
+            probe: for the policies that look ahead: the last n_probe tokens of the prompt, decoded
+                after what is cached, then the pseudo tokens. Their keys take part in the softmax;
+                then they are dropped. For other policies None.
+            n_probe: of the plan.
         Raises:
-            ValueError: a position that is not resident.
+            ValueError: more is to go than lies above the budget; a probe is missing where it is
+                needed, given where it is not, or too long for the free cells; more cells are
+                pinned than are to stay. The cache is as before.
         """
-        index = np.zeros(positions.shape, np.int64)
-        for il, layer in enumerate(self.layers):
-            for head, resident in layer.heads():
-                if not np.isin(positions[il, head], resident).all():
-                    raise ValueError(f"layer {il}, head {head}: a position is not resident")
-                index[il, head] = np.searchsorted(resident, positions[il, head])
-        for layer, rows in zip(self.layers, index, strict=True):
-            layer.keep(rows)
-        self.n_intact = n_intact
-        self.n_evictions += 1
-        self.pending = False
+        params, n_end = self.params, self.n_tokens
+        if not 0 <= n_evict <= self.n_over:
+            raise ValueError(
+                f"n_evict must be from 0 to {self.n_over}, what lies above the budget "
+                f"{params.budget}; got {n_evict}"
+            )
+        if n_evict == 0:
+            self.pending = False
+            return
+        if not params.needs_lookahead and (probe is not None or n_probe):
+            raise ValueError(f"policy {params.policy!r} takes no probe")
+        if params.needs_lookahead and (probe is None or not 1 <= n_probe < len(probe)):
+            raise ValueError(
+                f"policy {params.policy!r} needs a probe: n_probe tokens of the prompt and pseudo "
+                f"tokens; got {0 if probe is None else len(probe)} with n_probe {n_probe}"
+            )
+        n_keep, n_intact = self.n_resident - n_evict, self._intact(n_end)
+        check_pinned(params, n_keep, n_intact, n_end)
+        probe = None if probe is None else probe[: n_probe + params.lookahead_size]
+        if probe is not None and not self.fits(len(probe)):
+            raise ValueError(f"a probe of {len(probe)} tokens finds {self.n_free} free cells")
+        if probe is not None:
+            self._append(probe)
+        first, last = query_range(params, n_end + n_probe, self.n_tokens)
+        # a probe shorter than the window does not fall back on what is cached
+        queries = (max(first, n_end), last) if probe is not None else (first, last)
+        self._evict(n_keep, n_intact, queries, n_end)
 
-    def remove(self, p0: int, p1: int = -1) -> bool:
-        """Remove the positions [p0, p1); p1 < 0 means to the end. False: refused, nothing was
-        changed.
+    def overflow(self) -> None:
+        """Evict down to the budget, scored by the last lookahead_size tokens decoded. Nothing
+        happens while no more is resident. An eviction that waits is thereby done.
 
-        Below the intact suffix every head misses other tokens, so that a removal there cannot leave
-        a prefix that may be continued: it is refused. Removing everything always works.
+        Raises:
+            ValueError: more cells are pinned than the budget holds. The cache is as before.
         """
-        p0 = max(p0, 0)
-        p1 = self.n_tokens if p1 < 0 else min(p1, self.n_tokens)
-        if p0 == 0 and p1 == self.n_tokens:
-            self.clear()
-            return True
-        if p0 >= p1:
-            return True
-        if p0 < self.n_intact:
-            return False
-        for layer in self.layers:
-            # the same cells count in every head: they lie in the intact suffix
-            rows = (layer.positions < p0) | (layer.positions >= p1)
-            layer.keep(np.stack([np.flatnonzero(row) for row in rows]))
-        stays = (self.query_positions < p0) | (self.query_positions >= p1)
-        self.query_positions = self.query_positions[stays]
-        self.queries = self.queries[:, stays]
-        # when nothing of the intact suffix is left, its beginning is where tokens go on
-        last = int(self.layers[0].positions[0].max(initial=-1))
-        self.n_tokens = max(last + 1, self.n_intact)
-        if p0 < self.n_prompt:
-            self.pending = False  # the prompt that it belonged to is gone
-        return True
+        if self.n_over:
+            self.evict(self.params.budget)
 
-    def _evict(self, n_prompt: int, drop_from: int | None = None) -> None:
-        """Score and select in every layer. Tokens from position drop_from on are dropped."""
-        n_intact = max(self.n_intact, n_prompt - self.params.window, 0)
-        first, last = query_range(self.params, n_prompt, self.n_tokens)
-        used = (self.query_positions >= first) & (self.query_positions < last)
-        end = self.n_tokens if drop_from is None else drop_from
+    def evict(self, n_keep: int) -> None:
+        """As `overflow`, down to n_keep cells in place of the budget.
+
+        Raises:
+            ValueError: n_keep below 1, policy "full", or more cells are pinned than n_keep. The
+                cache is as before.
+        """
+        params = self.params
+        if n_keep < 1:
+            raise ValueError(f"n_keep must be at least 1, got {n_keep}")
+        if params.policy == "full":
+            raise ValueError("policy 'full' never evicts: choose another policy")
+        if self.n_resident <= n_keep:
+            return
+        n_prompt = max(self.n_tokens - (params.lookahead_size if params.needs_lookahead else 0), 0)
+        n_intact = self._intact(n_prompt)
+        check_pinned(params, n_keep, n_intact, self.n_tokens)
+        queries = query_range(params, n_prompt, self.n_tokens)
+        self._evict(n_keep, n_intact, queries, self.n_tokens)
+
+    def _intact(self, n_prompt: int) -> int:
+        """Where the intact suffix begins after an eviction; the window ends at n_prompt."""
+        return max(self.n_intact, n_prompt - self.params.window, 0)
+
+    def _evict(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> None:
+        """Score and select in every layer.
+
+        Args:
+            n_keep: cells that stay in each head.
+            n_intact: positions from here on are kept whole.
+            queries: positions [first, last) whose queries score.
+            n_end: tokens from this position on are dropped.
+        """
+        params = replace(self.params, budget=n_keep)
+        used = (self.query_positions >= queries[0]) & (self.query_positions < queries[1])
         scores, kept = [], []
         for il, layer in enumerate(self.layers):
-            raw = self._score_layer(il, used) if self.params.needs_queries else None
+            raw = self._score_layer(il, used) if params.needs_queries else None
             # what is dropped is the newest, in every head
-            n_kv = int((layer.positions[0] < end).sum())
+            n_kv = int((layer.positions[0] < n_end).sum())
             if raw is not None:
                 raw = raw[:, :n_kv]
                 scores.append(raw)
-            kept.append(
-                [
-                    select_head(
-                        self.params,
-                        positions[:n_kv],
-                        n_intact,
-                        None if raw is None else raw[head],
-                        ikv=il,
-                        head=head,
-                    )
-                    for head, positions in layer.heads()
-                ]
-            )
-        for layer, index in zip(self.layers, kept, strict=True):
-            layer.keep(np.stack(index))
-        stays = self.query_positions < end
-        self.query_positions = self.query_positions[stays]
-        self.queries = self.queries[:, stays]
-        self.n_tokens = end
+            rows = [
+                select_head(
+                    params,
+                    positions[:n_kv],
+                    n_intact,
+                    None if raw is None else raw[head],
+                    ikv=il,
+                    head=head,
+                )
+                for head, positions in layer.heads()
+            ]
+            kept.append(np.stack(rows))
+        self._keep(kept, n_intact)
+        self._keep_queries(self.query_positions < n_end)
+        self.n_tokens = n_end
         self.scores = scores
-        self.n_intact = n_intact
-        self.n_evictions += 1
-        self.pending = False
 
     def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
         layer = self.layers[il]
@@ -292,19 +288,3 @@ class KVCache:
             softcap=self.softcap,
             sinks=None if self.sinks is None else self.sinks[il],
         )
-
-    def _check_pinned(self, n_prompt: int) -> None:
-        """Refuse an eviction whose pinned cells exceed the budget, before anything is changed."""
-        params = self.params
-        n_ahead = params.lookahead_size if params.needs_lookahead else 0
-        end = n_prompt + (n_ahead if params.lookahead == "deferred" else 0)
-        n_intact = max(self.n_intact, n_prompt - params.window, 0)
-        pinned = set(range(min(params.n_sink, end))) | set(range(n_intact, end))
-        for p0, p1 in params.pinned:
-            pinned |= set(range(max(p0, 0), min(p1, end)))
-        if len(pinned) > params.budget:
-            raise ValueError(
-                f"{len(pinned)} cells are pinned (n_sink {params.n_sink}, window and lookahead "
-                f"{end - n_intact}, spans {list(params.pinned)}), the budget is {params.budget}: "
-                f"raise the budget or pin less"
-            )

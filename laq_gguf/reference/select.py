@@ -48,6 +48,8 @@ class PolicyParams:
     follow_size: int = 32
     seed: int = 0
     pinned: tuple[Span, ...] = ()
+    probe_size: int = 48
+    chunk_size: int = 0  # 0 = what one batch may have
 
     def __post_init__(self) -> None:
         choices = (
@@ -65,6 +67,10 @@ class PolicyParams:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
         if self.follow_size < 0:
             raise ValueError(f"follow_size must not be negative, got {self.follow_size}")
+        if self.probe_size < 1:
+            raise ValueError(f"probe_size must be at least 1, got {self.probe_size}")
+        if self.chunk_size < 0:
+            raise ValueError(f"chunk_size must not be negative, got {self.chunk_size}")
 
     @property
     def window(self) -> int:

@@ -5,8 +5,8 @@
 //   2. the logits again, turned into probabilities with the log-sum-exp of pass 1 and added up per key
 // Chunks do not depend on the number of threads, so neither do the results.
 //
-// A tile of keys is converted to F32 and transposed, so that all lanes of a vector are keys and no horizontal sum is
-// needed. What limits it: the FMAs of the two passes (half each), then the exponentials.
+// The lanes of a vector are query rows: K is read as it lies, only the few queries are transposed, and what belongs to a
+// row (maximum, sum) stays in its lane. What limits it: the FMAs of the two passes (half each), then the exponentials.
 
 #include "laq-score.h"
 
@@ -21,9 +21,8 @@
 
 namespace {
 
-constexpr int64_t N_TILE  = 64;   // keys converted at once
+constexpr int64_t N_TILE  = 32;   // keys converted at once
 constexpr int64_t N_CHUNK = 512;  // keys of one work item
-constexpr int64_t N_ROWS  = 4;    // query rows of the inner kernel
 constexpr int64_t N_LINE  = 16;   // floats between the buffers of two threads: a cache line
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -35,15 +34,43 @@ constexpr int64_t N_LINE  = 16;   // floats between the buffers of two threads: 
 #        define LAQ_VEC_BYTES 16
 #    endif
 typedef float     vec_f32 __attribute__((vector_size(LAQ_VEC_BYTES), aligned(4), may_alias));
-constexpr int64_t N_LANE  = LAQ_VEC_BYTES / sizeof(float);
-constexpr int64_t N_BLOCK = LAQ_VEC_BYTES == 64 ? 4 : 2;  // vectors of keys of the inner kernel
+constexpr int64_t N_LANE = LAQ_VEC_BYTES / sizeof(float);
+// the inner kernel: N_KEYS keys against N_BLOCK vectors of rows, all sums in registers
+constexpr int64_t N_KEYS  = LAQ_VEC_BYTES == 64 ? 8 : 4;
+constexpr int64_t N_BLOCK = LAQ_VEC_BYTES == 64 ? 3 : 2;
+#else
+// compilers without vector types: the same with arrays of a fixed length
+constexpr int64_t N_LANE  = 8;
+constexpr int64_t N_KEYS  = 4;
+constexpr int64_t N_BLOCK = 1;
+
+struct vec_f32 {
+    float x[N_LANE];
+
+    vec_f32 & operator+=(const vec_f32 & o) {
+        for (int64_t i = 0; i < N_LANE; ++i) {
+            x[i] += o.x[i];
+        }
+        return *this;
+    }
+
+    friend vec_f32 operator*(float a, vec_f32 v) {
+        for (float & y : v.x) {
+            y *= a;
+        }
+        return v;
+    }
+};
 #endif
+
+static_assert(N_TILE % N_KEYS == 0, "a tile is made of whole blocks of keys");
 
 struct score_shape {
     int64_t n_embd;     // head size
     int64_t n_q;        // queries
     int64_t n_group;    // query heads of a KV head
     int64_t n_rows;     // n_q * n_group
+    int64_t n_lanes;    // n_rows, rounded up to whole vectors
     int64_t n_kv;       // keys
     int64_t n_head_kv;  // KV heads
     int64_t n_chunks;
@@ -58,31 +85,32 @@ struct score_shape {
         n_head_kv = k->ne[2];
         n_group   = q->ne[2] / n_head_kv;
         n_rows    = n_q * n_group;
+        n_lanes   = GGML_PAD(n_rows, N_LANE);
         n_chunks  = (n_kv + N_CHUNK - 1) / N_CHUNK;
     }
 
     // maximum and sum of each (KV head, chunk, row)
-    int64_t n_stats() const { return 2 * n_head_kv * n_chunks * n_rows; }
+    int64_t n_stats() const { return 2 * n_head_kv * n_chunks * n_lanes; }
 
-    // transposed tile, one row of K, logits, log-sum-exp
-    int64_t n_scratch() const { return n_embd * N_TILE + n_embd + (n_rows + N_ROWS) * N_TILE + n_rows + N_LINE; }
+    // queries, keys of a tile, logits, exponentials, log-sum-exp
+    int64_t n_scratch() const { return n_embd * (n_lanes + N_TILE) + 2 * N_TILE * n_lanes + n_lanes + N_LINE; }
 };
 
 // scratch of one thread
 struct score_work {
-    float * kt;      // [n_embd][N_TILE]
-    float * row;     // [n_embd]
-    float * logits;  // [n_rows][N_TILE], then one row for exponentials
-    float * lse;     // [n_rows]
+    float * qt;      // [n_embd][n_lanes] of one KV head, rows past n_rows are zero
+    float * keys;    // [N_TILE][n_embd]
+    float * logits;  // [N_TILE][n_lanes]
+    float * exps;    // [N_TILE][n_lanes]
+    float * lse;     // [n_lanes]
 
     score_work(const score_shape & s, float * base) {
-        kt     = base;
-        row    = kt + s.n_embd * N_TILE;
-        logits = row + s.n_embd;
-        lse    = logits + (s.n_rows + N_ROWS) * N_TILE;
+        qt     = base;
+        keys   = qt + s.n_embd * s.n_lanes;
+        logits = keys + s.n_embd * N_TILE;
+        exps   = logits + N_TILE * s.n_lanes;
+        lse    = exps + N_TILE * s.n_lanes;
     }
-
-    float * exps(const score_shape & s) const { return logits + s.n_rows * N_TILE; }
 };
 
 // one head of a cell as F32; the conversions of ggml-cpu use the vector units, those of ggml-base do not
@@ -95,64 +123,69 @@ const float * load_row(ggml_type type, const char * src, int64_t n, float * buf)
     }
 }
 
-// n <= N_TILE keys from i0 on, transposed; the rest of the tile is zero
-void load_tile(const ggml_tensor * k, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w) {
-    for (int64_t t = 0; t < n; ++t) {
-        const char *  src = (const char *) k->data + (i0 + t) * k->nb[1] + g * k->nb[2];
-        const float * row = load_row(k->type, src, s.n_embd, w.row);
+void load_queries(const ggml_tensor * q, const score_shape & s, int64_t g, const score_work & w) {
+    std::fill(w.qt, w.qt + s.n_embd * s.n_lanes, 0.0f);
+    for (int64_t r = 0; r < s.n_rows; ++r) {
+        const float * row =
+            (const float *) ((const char *) q->data + (r % s.n_q) * q->nb[1] + (g * s.n_group + r / s.n_q) * q->nb[2]);
         for (int64_t c = 0; c < s.n_embd; ++c) {
-            w.kt[c * N_TILE + t] = row[c];
-        }
-    }
-    if (n < N_TILE) {
-        for (int64_t c = 0; c < s.n_embd; ++c) {
-            std::fill(w.kt + c * N_TILE + n, w.kt + (c + 1) * N_TILE, 0.0f);
+            w.qt[c * s.n_lanes + r] = row[c];
         }
     }
 }
 
-// out[r][t] = q[r] . kt[:][t] for NR rows
-template <int64_t NR> void dot_rows(const float * const * q, const float * kt, int64_t n_embd, float * out) {
-#if defined(LAQ_VEC_BYTES)
-    for (int64_t t0 = 0; t0 < N_TILE; t0 += N_BLOCK * N_LANE) {
-        vec_f32 acc[NR][N_BLOCK] = {};
-        for (int64_t c = 0; c < n_embd; ++c) {
-            vec_f32 key[N_BLOCK];
-            for (int64_t b = 0; b < N_BLOCK; ++b) {
-                key[b] = *(const vec_f32 *) (kt + c * N_TILE + t0 + b * N_LANE);
-            }
-            for (int64_t r = 0; r < NR; ++r) {
-                for (int64_t b = 0; b < N_BLOCK; ++b) {
-                    acc[r][b] += q[r][c] * key[b];
-                }
-            }
+// out[t][r] = k[t] . q[r] for N_KEYS keys and NB vectors of rows
+template <int64_t NB>
+void dot_block(const float * const * k, const float * qt, int64_t n_embd, int64_t n_lanes, float * out) {
+    vec_f32 acc[N_KEYS][NB] = {};
+    for (int64_t c = 0; c < n_embd; ++c) {
+        vec_f32 q[NB];
+        for (int64_t b = 0; b < NB; ++b) {
+            q[b] = *(const vec_f32 *) (qt + c * n_lanes + b * N_LANE);
         }
-        for (int64_t r = 0; r < NR; ++r) {
-            for (int64_t b = 0; b < N_BLOCK; ++b) {
-                *(vec_f32 *) (out + r * N_TILE + t0 + b * N_LANE) = acc[r][b];
+        for (int64_t t = 0; t < N_KEYS; ++t) {
+            for (int64_t b = 0; b < NB; ++b) {
+                acc[t][b] += k[t][c] * q[b];
             }
         }
     }
-#else
-    for (int64_t r = 0; r < NR; ++r) {
-        std::fill(out + r * N_TILE, out + (r + 1) * N_TILE, 0.0f);
-        for (int64_t c = 0; c < n_embd; ++c) {
-            for (int64_t t = 0; t < N_TILE; ++t) {
-                out[r * N_TILE + t] += q[r][c] * kt[c * N_TILE + t];
-            }
+    for (int64_t t = 0; t < N_KEYS; ++t) {
+        for (int64_t b = 0; b < NB; ++b) {
+            *(vec_f32 *) (out + t * n_lanes + b * N_LANE) = acc[t][b];
         }
     }
-#endif
 }
 
-const float * q_row(const ggml_tensor * q, const score_shape & s, int64_t g, int64_t r) {
-    return (const float *) ((const char *) q->data + (r % s.n_q) * q->nb[1] + (g * s.n_group + r / s.n_q) * q->nb[2]);
+void dot_tile(const float * const * k, const score_shape & s, const score_work & w) {
+    constexpr int64_t N = N_BLOCK * N_LANE;
+    for (int64_t t = 0; t < N_TILE; t += N_KEYS) {
+        int64_t r = 0;
+        for (; r + N <= s.n_lanes; r += N) {
+            dot_block<N_BLOCK>(k + t, w.qt + r, s.n_embd, s.n_lanes, w.logits + t * s.n_lanes + r);
+        }
+        for (; r < s.n_lanes; r += N_LANE) {
+            dot_block<1>(k + t, w.qt + r, s.n_embd, s.n_lanes, w.logits + t * s.n_lanes + r);
+        }
+    }
 }
 
-// w.logits[r][t] of a tile, -inf past its end
+// Whether the mask hides or shifts anything in a tile. Most keys are older than all queries: nothing there.
+bool has_mask(const float * m, const score_shape & s, int64_t n) {
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < s.n_q; ++j) {
+        for (int64_t t = 0; t < n; ++t) {
+            uint32_t x;
+            memcpy(&x, m + j * s.n_kv + t, sizeof(x));
+            bits |= x << 1;  // -0.0 is nothing, too
+        }
+    }
+    return bits != 0;
+}
+
+// w.logits[t][r] of a tile, -inf past its end
 void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t i0, int64_t n,
                  const score_work & w) {
-    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * mask = dst->src[2];
 
     float op_params[2];
@@ -160,95 +193,117 @@ void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
     const float scale   = op_params[0];
     const float softcap = op_params[1];
 
-    load_tile(dst->src[1], s, g, i0, n, w);
-
-    for (int64_t r0 = 0; r0 < s.n_rows; r0 += N_ROWS) {
-        const float * rows[N_ROWS];
-        for (int64_t r = 0; r < N_ROWS; ++r) {
-            rows[r] = q_row(q, s, g, std::min(r0 + r, s.n_rows - 1));
-        }
-        dot_rows<N_ROWS>(rows, w.kt, s.n_embd, w.logits + r0 * N_TILE);
+    const float * keys[N_TILE];
+    for (int64_t t = 0; t < n; ++t) {
+        const char * src = (const char *) k->data + (i0 + t) * k->nb[1] + g * k->nb[2];
+        keys[t]          = load_row(k->type, src, s.n_embd, w.keys + t * s.n_embd);
     }
+    std::fill(keys + n, keys + N_TILE, keys[0]);
 
-    for (int64_t r = 0; r < s.n_rows; ++r) {
-        float * x = w.logits + r * N_TILE;
+    dot_tile(keys, s, w);
 
-        if (softcap == 0.0f) {
-            for (int64_t t = 0; t < N_TILE; ++t) {
-                x[t] *= scale;
-            }
-        } else {
-            for (int64_t t = 0; t < n; ++t) {
-                x[t] = softcap * tanhf(scale * x[t] / softcap);
-            }
+    float * x = w.logits;
+    if (softcap == 0.0f) {
+        ggml_vec_scale_f32(N_TILE * s.n_lanes, x, scale);
+    } else {
+        for (int64_t i = 0; i < N_TILE * s.n_lanes; ++i) {
+            x[i] = softcap * tanhf(scale * x[i] / softcap);
         }
-        if (mask) {
-            const float * m = (const float *) mask->data + (r % s.n_q) * s.n_kv + i0;
-            for (int64_t t = 0; t < n; ++t) {
-                x[t] += m[t];
-            }
-        }
-        std::fill(x + n, x + N_TILE, -INFINITY);
     }
+    const float * m = mask ? (const float *) mask->data + i0 : nullptr;
+    if (m && has_mask(m, s, n)) {
+        for (int64_t t = 0; t < n; ++t) {
+            for (int64_t r = 0; r < s.n_rows; ++r) {
+                x[t * s.n_lanes + r] += m[(r % s.n_q) * s.n_kv + t];
+            }
+        }
+    }
+    std::fill(x + n * s.n_lanes, x + N_TILE * s.n_lanes, -INFINITY);
 }
 
-float tile_max(const float * x) {
-    float lane[16];
-    std::copy(x, x + 16, lane);
-    for (int64_t t = 16; t < N_TILE; t += 16) {
-        for (int64_t i = 0; i < 16; ++i) {
-            lane[i] = lane[i] > x[t + i] ? lane[i] : x[t + i];
+// w.exps[t][r] = exp(w.logits[t][r] - shift[r])
+void tile_exps(const score_shape & s, const float * shift, const score_work & w) {
+    for (int64_t t = 0; t < N_TILE; ++t) {
+        for (int64_t r = 0; r < s.n_lanes; ++r) {
+            w.exps[t * s.n_lanes + r] = w.logits[t * s.n_lanes + r] - shift[r];
         }
     }
-    return *std::max_element(lane, lane + 16);
+    ggml_vec_soft_max_f32(N_TILE * s.n_lanes, w.exps, w.exps, 0.0f);
 }
 
-// pass 1: stats[r] = (maximum, sum of exponentials) over one chunk
+// pass 1: stats = maximum [n_lanes] and sum of exponentials [n_lanes] over one chunk
 void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
                  float * stats) {
-    for (int64_t r = 0; r < s.n_rows; ++r) {
-        stats[2 * r + 0] = -INFINITY;
-        stats[2 * r + 1] = 0.0f;
-    }
+    float * max = stats;
+    float * sum = stats + s.n_lanes;
+    std::fill(max, max + s.n_lanes, -INFINITY);
+    std::fill(sum, sum + s.n_lanes, 0.0f);
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
         tile_logits(dst, s, g, i0, std::min(N_TILE, i1 - i0), w);
 
-        for (int64_t r = 0; r < s.n_rows; ++r) {
-            const float * x = w.logits + r * N_TILE;
-
-            const float max_old = stats[2 * r];
-            const float max_new = std::max(max_old, tile_max(x));
-            if (max_new == -INFINITY) {
-                continue;
+        float * shift = w.lse;
+        std::copy(max, max + s.n_lanes, shift);
+        for (int64_t t = 0; t < N_TILE; ++t) {
+            const float * x = w.logits + t * s.n_lanes;
+            for (int64_t r = 0; r < s.n_lanes; ++r) {
+                shift[r] = shift[r] > x[r] ? shift[r] : x[r];
             }
-            const float sum  = (float) ggml_vec_soft_max_f32(N_TILE, w.exps(s), x, max_new);
-            stats[2 * r + 0] = max_new;
-            stats[2 * r + 1] = stats[2 * r + 1] * expf(max_old - max_new) + sum;
+        }
+        for (int64_t r = 0; r < s.n_lanes; ++r) {
+            // nothing seen yet: -inf - -inf is no number
+            sum[r] *= max[r] == -INFINITY ? 0.0f : expf(max[r] - shift[r]);
+            max[r]   = shift[r];
+            shift[r] = max[r] == -INFINITY ? 0.0f : max[r];
+        }
+        tile_exps(s, shift, w);
+        for (int64_t t = 0; t < N_TILE; ++t) {
+            const float * p = w.exps + t * s.n_lanes;
+            for (int64_t r = 0; r < s.n_lanes; ++r) {
+                sum[r] += p[r];
+            }
         }
     }
 }
 
-// log-sum-exp of every row of a KV head, over all chunks and the sink
+// log-sum-exp of every row of a KV head, over all chunks and the sink; infinite where there is no row or no key
 void head_lse(const ggml_tensor * dst, const score_shape & s, int64_t g, const float * stats, float * lse) {
     const ggml_tensor * sinks = dst->src[3];
 
+    std::fill(lse, lse + s.n_lanes, INFINITY);
     for (int64_t r = 0; r < s.n_rows; ++r) {
         float max = sinks ? ((const float *) sinks->data)[g * s.n_group + r / s.n_q] : -INFINITY;
 
         double sum = sinks ? 1.0 : 0.0;
         for (int64_t c = 0; c < s.n_chunks; ++c) {
-            const float * st = stats + 2 * ((g * s.n_chunks + c) * s.n_rows + r);
-            if (st[0] == -INFINITY) {
+            const float * st = stats + 2 * (g * s.n_chunks + c) * s.n_lanes + r;
+
+            const float max_chunk = st[0];
+            if (max_chunk == -INFINITY) {
                 continue;
             }
-            const float max_new = std::max(max, st[0]);
-            sum                 = sum * exp((double) max - max_new) + st[1] * exp((double) st[0] - max_new);
+            const float max_new = std::max(max, max_chunk);
+            sum                 = sum * exp((double) max - max_new) + st[s.n_lanes] * exp((double) max_chunk - max_new);
             max                 = max_new;
         }
         lse[r] = max == -INFINITY ? INFINITY : max + (float) log(sum);
     }
+}
+
+float sum_lanes(const float * p, int64_t n_lanes) {
+    vec_f32 acc = {};
+    for (int64_t r = 0; r < n_lanes; r += N_LANE) {
+        acc += *(const vec_f32 *) (p + r);
+    }
+    float lanes[N_LANE];
+    memcpy(lanes, &acc, sizeof(lanes));
+    for (int64_t n = N_LANE / 2; n > 0; n /= 2) {
+        for (int64_t i = 0; i < n; ++i) {
+            lanes[i] += lanes[i + n];
+        }
+    }
+    return lanes[0];
 }
 
 // pass 2: the scores of one chunk
@@ -259,17 +314,9 @@ void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
         const int64_t n = std::min(N_TILE, i1 - i0);
         tile_logits(dst, s, g, i0, n, w);
-
-        float acc[N_TILE] = {};
-        for (int64_t r = 0; r < s.n_rows; ++r) {
-            float * p = w.exps(s);
-            ggml_vec_soft_max_f32(N_TILE, p, w.logits + r * N_TILE, w.lse[r]);
-            for (int64_t t = 0; t < N_TILE; ++t) {
-                acc[t] += p[t];
-            }
-        }
+        tile_exps(s, w.lse, w);
         for (int64_t t = 0; t < n; ++t) {
-            res[i0 + t] = acc[t] / (float) s.n_group;
+            res[i0 + t] = sum_lanes(w.exps + t * s.n_lanes, s.n_lanes) / (float) s.n_group;
         }
     }
 }
@@ -292,15 +339,25 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
 
     const int64_t n_items = s.n_head_kv * s.n_chunks;
 
+    int64_t g_now = -1;  // head of w.qt
     for (int64_t item = params->ith; item < n_items; item += params->nth) {
-        chunk_stats(dst, s, item / s.n_chunks, item % s.n_chunks, w, stats + 2 * item * s.n_rows);
+        const int64_t g = item / s.n_chunks;
+        if (g != g_now) {
+            load_queries(dst->src[0], s, g, w);
+            g_now = g;
+        }
+        chunk_stats(dst, s, g, item % s.n_chunks, w, stats + 2 * item * s.n_lanes);
     }
 
     ggml_barrier(params->threadpool);
 
-    int64_t g_lse = -1;
+    int64_t g_lse = -1;  // head of w.lse
     for (int64_t item = params->ith; item < n_items; item += params->nth) {
         const int64_t g = item / s.n_chunks;
+        if (g != g_now) {
+            load_queries(dst->src[0], s, g, w);
+            g_now = g;
+        }
         if (g != g_lse) {
             head_lse(dst, s, g, stats, w.lse);
             g_lse = g;

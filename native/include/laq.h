@@ -1,7 +1,18 @@
 // laq.h : Lookahead Q-Cache (arXiv 2505.20334) for the KV cache of a llama.cpp context
 //
-// The cache of an attached context keeps at most n_kv_budget tokens per layer and KV head once a prompt has been
-// read. Everything is exported by libllama. C99, no includes besides the two below, readable by cffi: the text
+// Make the context with as many cells (llama_context_params::n_ctx) as the memory may hold: n_kv_budget tokens and room
+// for what comes next. Whatever is decoded then, nothing more is allocated: a prompt of any length is read chunk by
+// chunk, and each sequence comes down to n_kv_budget tokens per layer and KV head when its prompt has been read and
+// whenever the cells are full.
+//
+//     for (uint32_t i = 0, n; i < n_prompt; i += n) {
+//         laq_prompt_next(laq, 0, prompt + i, n_prompt - i, &n);
+//         llama_decode(ctx, llama_batch_get_one(prompt + i, n));
+//     }
+//     laq_prompt_end(laq, 0);
+//     ... llama_decode() token by token, as without laq.h
+//
+// Everything is exported by libllama. C99, no includes besides the two below, readable by cffi: the text
 // between LAQ_CDEF_BEGIN and LAQ_CDEF_END is what the Python binding is generated from.
 //
 // Rules that hold for every function:
@@ -27,7 +38,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 1
+#define LAQ_ABI_VERSION 2
 
 struct llama_context;
 struct laq_cache;
@@ -87,8 +98,11 @@ struct laq_params {
     int32_t  draft;                // enum laq_draft
     int32_t  pooling;              // enum laq_pooling
     int32_t  score_kernel;         // enum laq_score_kernel
+    uint32_t n_ctx;                // positions that a sequence may have; 0 = the cells of the context
     uint32_t n_kv_budget;          // tokens per layer and KV head that stay when the prompt has been read
     uint32_t n_lookahead;          // tokens decoded ahead
+    uint32_t n_probe;              // last prompt tokens that are decoded ahead where a prompt finds no cells
+    uint32_t n_chunk;              // most prompt tokens read between two evictions; 0 = n_batch of the context
     uint32_t n_window;             // last prompt tokens: kept whole, and their queries are used by LAQ_PP
     uint32_t n_window_snapkv;      // the same for SNAPKV
     uint32_t n_sink;               // first positions, always kept
@@ -97,26 +111,31 @@ struct laq_params {
                                    // that follow the best within so many positions; 0 = none do
     uint32_t                seed;  // for RANDOM
     uint32_t                n_pinned;
-    const struct laq_span * pinned;  // [n_pinned] positions that are always kept
+    const struct laq_span * pinned;  // [n_pinned] positions that are always kept, of every sequence
 };
 
 struct laq_stats {
     uint32_t size;           // sizeof(struct laq_stats) of the caller
-    int32_t  n_tokens;       // logical length: last position + 1
-    uint32_t n_resident;     // cells in use
+    int32_t  n_tokens;       // of the sequence: logical length, last position + 1
+    uint32_t n_resident;     // of the sequence: cells in use
+    int32_t  n_intact;       // of the sequence: first position from which every head holds every token; 0 = all of them
+    int32_t  pending;        // of the sequence: 1 = an eviction waits for its lookahead queries
+    uint32_t n_ctx;          // positions that a sequence may have
+    uint32_t n_used;         // cells in use by all sequences
     uint32_t n_cells;        // cells allocated
     uint32_t n_layer;        // layers of the KV cache
     uint32_t n_head_kv;      // KV heads of a layer (the largest)
-    int32_t  n_intact;       // first position from which every head holds every token; 0 = nothing evicted
-    int32_t  pending;        // 1 = an eviction waits for its lookahead queries
     uint64_t kv_bytes;       // K and V, read back from the backend's buffers
     uint64_t kv_bytes_full;  // what n_ctx cells take
     uint64_t ring_bytes;     // the ring of captured queries, read back from the backend's buffers
+    uint64_t compute_bytes;  // the graphs' buffers, evictions included, read back from the scheduler
+    uint64_t n_decoded;      // tokens decoded, probe and pseudo tokens included
+    uint64_t n_probe;        // probe tokens decoded and dropped
+    uint64_t n_pseudo;       // pseudo tokens decoded and dropped
     uint32_t n_evictions;
-    uint32_t n_resizes;     // times the cache was reallocated
-    uint32_t n_pseudo;      // pseudo tokens decoded and dropped
     int32_t  score_fused;   // 1 = the last scores came from the fused kernel
-    double   ms_lookahead;  // sums over all evictions, milliseconds
+    double   ms_probe;      // sums over all evictions, milliseconds
+    double   ms_lookahead;  // pseudo tokens
     double   ms_score;
     double   ms_select;
     double   ms_compact;
@@ -129,31 +148,43 @@ const char * laq_last_error(void);  // of this thread; valid until its next call
 
 struct laq_params laq_default_params(void);
 
-// Attach to a context. Anything but a plain KV cache of one sequence (RoPE, no sliding window, no ALiBi) is refused
-// by name. The cells that the context allocated are given back until they are needed.
+// Attach to a context. Anything but a plain KV cache (RoPE, no sliding window, no ALiBi, one stream) is refused by name.
+// The buffers that evictions need are allocated here and never grow.
 enum laq_status laq_attach(struct llama_context * ctx, const struct laq_params * params, struct laq_cache ** out);
 
 // Must come right before llama_free(ctx): nothing may be decoded in between, since nothing would guard the evicted
-// cells or allocate new ones.
+// cells.
 void laq_detach(struct laq_cache * laq);
 
-// Allocate cells for n_tokens more tokens now, in one step. llama_decode() does it by itself, batch by batch.
-enum laq_status laq_reserve(struct laq_cache * laq, uint32_t n_tokens);
+// What is pinned in one sequence from now on, in place of laq_params::pinned.
+enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const struct laq_span * spans, uint32_t n_spans);
+
+// Comes before each llama_decode() of a piece of a prompt. tokens [n_tokens] is all that is left of the prompt; *n_chunk
+// receives how many of them to decode next, in one batch. If they would find no cells, what they need is evicted: the
+// last n_probe tokens of the prompt and n_lookahead greedy ones after them are decoded behind what is cached, score it,
+// and are dropped again (policies without lookahead: no such probe). The logits of the context are then those of the
+// probe.
+enum laq_status laq_prompt_next(struct laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
+                                uint32_t * n_chunk);
 
 // Say that the prompt ends with the last token decoded and that its logits have been computed.
 // PSEUDO: decodes ahead, evicts, restores the logits of the last token (index -1; the rows before it are gone).
 // DEFERRED: llama_decode() evicts before the token that comes after the first n_lookahead generated ones.
 // Policies that need no lookahead evict at once.
-// Nothing happens while the cache holds no more than the budget.
-enum laq_status laq_prompt_end(struct laq_cache * laq);
+// Nothing happens while the sequence holds no more than the budget.
+enum laq_status laq_prompt_end(struct laq_cache * laq, int32_t seq_id);
 
 // Carry out an eviction that waits, with the lookahead queries there are. Nothing waits: OK.
-enum laq_status laq_flush(struct laq_cache * laq);
+enum laq_status laq_flush(struct laq_cache * laq, int32_t seq_id);
 
-enum laq_status laq_get_stats(const struct laq_cache * laq, struct laq_stats * stats);
+// Evict a sequence down to n_keep tokens now, scored by the queries of its last n_lookahead tokens; other sequences stay
+// as they are. llama_decode() does the same down to the budget when it finds no cells.
+enum laq_status laq_evict(struct laq_cache * laq, int32_t seq_id, uint32_t n_keep);
+
+enum laq_status laq_get_stats(const struct laq_cache * laq, int32_t seq_id, struct laq_stats * stats);
 
 // The position of every resident token, sorted: dst [n_layer][n_head_kv][n_resident]; n = elements of dst.
-enum laq_status laq_kept_positions(const struct laq_cache * laq, int32_t * dst, uint64_t n);
+enum laq_status laq_kept_positions(const struct laq_cache * laq, int32_t seq_id, int32_t * dst, uint64_t n);
 
 //
 // inspection and tests
@@ -165,21 +196,21 @@ struct laq_layer_info {
     uint32_t n_head;
     uint32_t n_head_kv;
     uint32_t n_embd_head_k;
-    uint32_t n_queries;  // captured queries that are valid now
+    uint32_t n_queries;  // captured queries of sequence 0 that are valid now
     float    kq_scale;
     float    softcap;  // 0 = none
 };
 
 enum laq_status laq_get_layer_info(const struct laq_cache * laq, uint32_t ikv, struct laq_layer_info * info);
 
-// captured queries of a layer, oldest first: pos [n_queries], dst F32 [n_queries][n_head][n_embd_head_k]
+// captured queries of sequence 0 in a layer, oldest first: pos [n_queries], dst F32 [n_queries][n_head][n_embd_head_k]
 enum laq_status laq_get_queries(const struct laq_cache * laq, uint32_t ikv, int32_t * pos, float * dst, uint64_t n);
 
-// resident keys of a layer as F32, in the order of laq_kept_positions: dst [n_resident][n_head_kv][n_embd_head_k]
+// resident keys of sequence 0 in a layer as F32, in the order of laq_kept_positions: dst [n_resident][n_head_kv][n_embd_head_k]
 enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n);
 
 // scores (before pooling) of the last eviction: dst F32 [n_head_kv][n_kv]; *n_kv receives the length. One for each
-// token that was resident then, in order of position, pseudo tokens included. dst may be NULL to ask for n_kv.
+// token of the sequence that was resident then, in order of position, probe and pseudo tokens included. dst may be NULL to ask for n_kv.
 // Kept only if LAQ_DEBUG is set in the environment before laq_attach().
 enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
 
@@ -210,6 +241,18 @@ enum laq_status laq_score(const struct laq_score_args * args, float * dst);
 // Of params, the policy (one that attends), n_kv_budget, pooling, n_kernel and n_follow are used.
 enum laq_status laq_select(const struct laq_params * params, const int32_t * pos, const float * scores,
                            const uint8_t * pinned, uint32_t n_kv, uint32_t * dst, uint32_t * n_kept);
+
+struct laq_chunk {
+    uint32_t n_tokens;  // decode so many next; 0 = there is no room, and none can be made
+    uint32_t n_evict;   // evict so many first
+    uint32_t n_probe;   // scored by so many of the prompt's last tokens
+};
+
+// How a prompt goes on, without doing it: n_used cells of n_cells are in use, n_resident of them by the sequence itself,
+// n_left tokens of the prompt are not decoded yet. Of params, the policy, n_kv_budget, n_lookahead, n_probe and n_chunk
+// are used.
+struct laq_chunk laq_plan_chunk(const struct laq_params * params, uint32_t n_cells, uint32_t n_used,
+                                uint32_t n_resident, uint32_t n_left, uint32_t n_batch);
 
 // score of the RANDOM policy: the same on every machine, in [0, 1)
 float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos);

@@ -2,7 +2,7 @@
 
 #include "laq-api.h"
 
-#include "laq-lookahead.h"
+#include "laq-prompt.h"
 
 #include "ggml-backend.h"
 #include "llama-arch.h"
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <typeinfo>
 
@@ -77,6 +78,7 @@ laq_params laq_default_params(void) {
     p.pooling         = LAQ_POOLING_MAX;
     p.score_kernel    = LAQ_SCORE_KERNEL_AUTO;
     p.n_lookahead     = 8;
+    p.n_probe         = 48;
     p.n_window        = 8;
     p.n_window_snapkv = 32;
     p.n_sink          = 4;
@@ -90,7 +92,24 @@ laq_params laq_default_params(void) {
 // attaching
 //
 
-static void check_params(const laq_params & p, uint32_t n_ctx) {
+static void check_spans(const laq_span * spans, uint32_t n) {
+    laq_check(n == 0 || spans, "pinned is NULL but n_pinned is not 0");
+    for (uint32_t i = 0; i < n; ++i) {
+        laq_check(spans[i].p0 >= 0 && spans[i].p0 < spans[i].p1, "pinned: a span needs 0 <= p0 < p1");
+    }
+}
+
+static void check_pinned(const laq_params & p) {
+    const uint32_t n_pinned = laq_policy_n_pinned(p);
+    if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget < n_pinned) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " +
+                                                         std::to_string(n_pinned) +
+                                                         " tokens that are always kept (n_sink, pinned, window_size, "
+                                                         "lookahead_size): raise kv_budget or lower those");
+    }
+}
+
+static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
     laq_check(p.lookahead == LAQ_LOOKAHEAD_DEFERRED || p.lookahead == LAQ_LOOKAHEAD_PSEUDO,
               "lookahead is not one of enum laq_lookahead");
@@ -103,25 +122,13 @@ static void check_params(const laq_params & p, uint32_t n_ctx) {
     laq_check(p.n_window >= 1 && p.n_window <= 1024, "window_size must be in [1, 1024]");
     laq_check(p.n_window_snapkv >= 1 && p.n_window_snapkv <= 1024, "snapkv_window must be in [1, 1024]");
     laq_check(p.n_follow <= (1u << 30), "follow_size must be at most 2^30");
-    laq_check(p.n_sink <= n_ctx, "n_sink is larger than n_ctx");
-    laq_check(p.n_pinned == 0 || p.pinned, "pinned is NULL but n_pinned is not 0");
-    for (uint32_t i = 0; i < p.n_pinned; ++i) {
-        laq_check(p.pinned[i].p0 >= 0 && p.pinned[i].p0 < p.pinned[i].p1, "pinned: a span needs 0 <= p0 < p1");
-    }
-    if (p.policy == LAQ_POLICY_FULL) {
-        return;
-    }
-    const uint32_t n_pinned = laq_policy_n_pinned(p);
-    if (p.n_kv_budget < n_pinned) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " +
-                                                         std::to_string(n_pinned) +
-                                                         " tokens that are always kept (n_sink, pinned, window_size, "
-                                                         "lookahead_size): raise kv_budget or lower those");
-    }
-    if (p.n_kv_budget > n_ctx) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) +
-                                                         " is above n_ctx = " + std::to_string(n_ctx) +
-                                                         ": lower kv_budget or raise n_ctx");
+    laq_check(p.n_probe >= 1 && p.n_probe <= (1u << 20), "probe_size must be in [1, 2^20]");
+    check_spans(p.pinned, p.n_pinned);
+    check_pinned(p);
+    if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is above the " +
+                                                         std::to_string(n_cells) +
+                                                         " cells of the context: lower kv_budget or make more cells");
     }
 }
 
@@ -159,10 +166,6 @@ static void check_context(const llama_context & ctx) {
     if (hparams.no_alloc) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "the model was loaded with no_alloc");
     }
-    if (ctx.n_seq_max() != 1) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "n_seq_max = " + std::to_string(ctx.n_seq_max()) + ": eviction needs n_seq_max = 1");
-    }
     if (!ctx.get_cparams().causal_attn || ctx.get_cparams().embeddings) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
                         "a context for embeddings cannot be evicted: use embedding = false");
@@ -181,7 +184,10 @@ laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache 
         laq_check(!ctx->get_cparams().laq, "the context has been attached already");
         laq_cache::check_layers(*ctx);
         check_params(p, ctx->n_ctx());
-        *out = new laq_cache(ctx, p);
+
+        auto laq = std::make_unique<laq_cache>(ctx, p);
+        laq->reserve();
+        *out = laq.release();
     });
 }
 
@@ -193,73 +199,105 @@ void laq_detach(laq_cache * laq) {
 // running
 //
 
-laq_status laq_reserve(laq_cache * laq, uint32_t n_tokens) {
+static void check_seq(const laq_cache * laq, int32_t seq_id) {
+    laq_check(laq, "laq must not be NULL");
+    laq_check(seq_id >= 0 && seq_id < (int32_t) laq->seqs.size(),
+              "seq_id must be in [0, " + std::to_string(laq->seqs.size()) + ")");
+}
+
+laq_status laq_set_pinned(laq_cache * laq, int32_t seq_id, const laq_span * spans, uint32_t n_spans) {
     return laq_guarded([&] {
-        laq_check(laq, "laq must not be NULL");
-        const uint64_t n = (uint64_t) laq->n_resident() + n_tokens;
-        if (n > laq->n_cells_max) {
-            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                            std::to_string(n_tokens) + " more tokens do not fit: " + std::to_string(laq->n_resident()) +
-                                " of n_ctx = " + std::to_string(laq->n_cells_max) + " cells are in use; raise n_ctx");
-        }
-        const uint32_t n_cells = laq_pad_cells((uint32_t) n, laq->n_cells_max);
-        if (n_cells > laq->n_cells() || (laq->n_resident() == 0 && n_cells < laq->n_cells())) {
-            laq->run_update([&] { laq->rebuild(n_cells, {}, 0); });
-        }
+        check_seq(laq, seq_id);
+        check_spans(spans, n_spans);
+        laq_params p = laq->params;
+        p.pinned     = spans;
+        p.n_pinned   = n_spans;
+        check_pinned(p);
+        laq->seqs[seq_id].pinned.assign(spans, spans + n_spans);
     });
 }
 
-laq_status laq_prompt_end(laq_cache * laq) {
+laq_status laq_prompt_next(laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
+                           uint32_t * n_chunk) {
     return laq_guarded([&] {
-        laq_check(laq, "laq must not be NULL");
-        laq->pending.reset();
-        if (laq->params.policy == LAQ_POLICY_FULL || laq->n_resident() <= laq->params.n_kv_budget) {
+        check_seq(laq, seq_id);
+        laq_check(tokens && n_tokens > 0 && n_chunk, "tokens and n_chunk must not be NULL, n_tokens not 0");
+        const int64_t n_end = (int64_t) laq->n_tokens(seq_id) + n_tokens;
+        if (n_end > laq->n_ctx) {
+            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                            std::to_string(n_end) + " tokens do not fit n_ctx = " + std::to_string(laq->n_ctx) +
+                                ": shorten the prompt or raise n_ctx");
+        }
+        *n_chunk = laq_read_on(*laq, seq_id, tokens, n_tokens);
+    });
+}
+
+laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
+    return laq_guarded([&] {
+        check_seq(laq, seq_id);
+        laq->seqs[seq_id].pending.reset();
+        if (laq->params.policy == LAQ_POLICY_FULL || laq->n_resident(seq_id) <= laq->params.n_kv_budget) {
             return;
         }
-        const int32_t n_prompt = laq->n_tokens();
         if (!laq_policy_needs_lookahead(laq->params)) {
-            laq->run_update([&] { laq->evict(n_prompt, n_prompt); });
+            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget); });
         } else if (laq->params.lookahead == LAQ_LOOKAHEAD_PSEUDO) {
-            laq_evict_by_pseudo(*laq);
+            laq_evict_by_pseudo(*laq, seq_id);
         } else {
-            laq->pending = laq_pending{ n_prompt };
+            laq->seqs[seq_id].pending = laq_pending{ laq->n_tokens(seq_id) };
         }
     });
 }
 
-laq_status laq_flush(laq_cache * laq) {
+laq_status laq_flush(laq_cache * laq, int32_t seq_id) {
     return laq_guarded([&] {
-        laq_check(laq, "laq must not be NULL");
-        if (laq->pending) {
-            laq->run_update([&] { laq->evict_pending(); });
+        check_seq(laq, seq_id);
+        if (laq->seqs[seq_id].pending) {
+            laq->run_update([&] { laq->evict_pending(seq_id); });
         }
     });
 }
 
-laq_status laq_get_stats(const laq_cache * laq, laq_stats * stats) {
+laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
     return laq_guarded([&] {
-        laq_check(laq && stats, "laq and stats must not be NULL");
-        laq_check(stats->size >= sizeof(uint32_t), "stats->size is not set");
+        check_seq(laq, seq_id);
+        laq_check(laq->params.policy != LAQ_POLICY_FULL, "kv_policy = full never evicts");
+        laq_params p  = laq->params_of(seq_id);
+        p.n_kv_budget = n_keep;
+        check_pinned(p);
+        if (laq->n_resident(seq_id) > n_keep) {
+            laq->run_update([&] { laq->evict_to(seq_id, n_keep); });
+        }
+    });
+}
 
-        laq_stats s  = laq->stats;
-        s.size       = stats->size;
-        s.n_tokens   = laq->n_tokens();
-        s.n_resident = laq->n_resident();
-        s.n_cells    = laq->n_cells();
-        s.n_layer    = laq->layers.size();
-        s.n_head_kv  = laq->n_head_kv_max();
-        s.n_intact   = laq->origin.n_intact;
-        s.pending    = laq->pending.has_value();
-        s.kv_bytes   = laq->kv_bytes();
-        s.ring_bytes = laq->ring_bytes();
+laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stats) {
+    return laq_guarded([&] {
+        check_seq(laq, seq_id);
+        laq_check(stats && stats->size >= sizeof(uint32_t), "stats is NULL or stats->size is not set");
+
+        laq_stats s     = laq->stats;
+        s.size          = stats->size;
+        s.n_tokens      = laq->n_tokens(seq_id);
+        s.n_resident    = laq->n_resident(seq_id);
+        s.n_intact      = laq->seqs[seq_id].n_intact;
+        s.pending       = laq->seqs[seq_id].pending.has_value();
+        s.n_used        = laq->n_used();
+        s.n_cells       = laq->n_cells();
+        s.n_layer       = laq->layers.size();
+        s.n_head_kv     = laq->n_head_kv_max();
+        s.kv_bytes      = laq->kv_bytes();
+        s.ring_bytes    = laq->ring_bytes();
+        s.compute_bytes = laq->compute_bytes();
         copy_sized(*stats, s, stats->size);
     });
 }
 
-laq_status laq_kept_positions(const laq_cache * laq, int32_t * dst, uint64_t n) {
+laq_status laq_kept_positions(const laq_cache * laq, int32_t seq_id, int32_t * dst, uint64_t n) {
     return laq_guarded([&] {
-        laq_check(laq && dst, "laq and dst must not be NULL");
-        const std::vector<uint32_t> order = laq->resident();
+        check_seq(laq, seq_id);
+        laq_check(dst || n == 0, "dst must not be NULL");
+        const std::vector<uint32_t> order = laq->resident(seq_id);
 
         uint64_t n_all = 0;
         for (const laq_layer & layer : laq->layers) {
@@ -269,9 +307,12 @@ laq_status laq_kept_positions(const laq_cache * laq, int32_t * dst, uint64_t n) 
         laq_check(n == n_all, "dst needs n_layer*n_head_kv*n_resident elements");
         for (uint32_t ikv = 0; ikv < laq->layers.size(); ++ikv) {
             for (uint32_t h = 0; h < laq->layers[ikv].n_head_kv; ++h) {
+                int32_t * row = dst;
                 for (const uint32_t cell : order) {
-                    *dst++ = laq->pos_at(ikv, h, cell);
+                    *dst++ = laq->pos_at(seq_id, ikv, h, cell);
                 }
+                // cells shared with another sequence stand among those that moved
+                std::sort(row, dst);
             }
         }
     });

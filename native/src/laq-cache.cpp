@@ -1,17 +1,18 @@
 #include "laq-cache.h"
 
+#include "laq-graph.h"
+
 #include "ggml-backend.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
-static constexpr uint32_t N_CELLS_STEP = 256;  // llama_kv_cache::get_n_kv pads to this
-
-uint32_t laq_pad_cells(uint32_t n_tokens, uint32_t n_cells_max) {
-    return std::min(n_cells_max, std::max(N_CELLS_STEP, GGML_PAD(n_tokens, N_CELLS_STEP)));
+void laq_ring::forget(int32_t p0) {
+    for (int32_t & p : pos) {
+        p = p >= p0 ? -1 : p;
+    }
 }
 
 //
@@ -19,31 +20,27 @@ uint32_t laq_pad_cells(uint32_t n_tokens, uint32_t n_cells_max) {
 //
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
-    ctx(ctx), kv(dynamic_cast<llama_kv_cache *>(ctx->get_memory())), params(p), pinned(p.pinned, p.pinned + p.n_pinned),
-    debug(getenv("LAQ_DEBUG") != nullptr) {
+    ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), pinned(p.pinned, p.pinned + p.n_pinned),
+    n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()), seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr),
+    n_ctx_own(ctx->n_ctx_seq()) {
     params.pinned = pinned.data();
 
-    n_ring      = std::max(params.n_window, params.n_window_snapkv) + params.n_lookahead;
-    n_cells_max = kv->get_size();
-
     init_layers();
-    init_ring();
-
-    stats.kv_bytes_full = kv_bytes();
-
-    // the cells that the context was made with are empty: give them back until they are needed
-    if (n_resident() == 0) {
-        rebuild(laq_pad_cells(1, n_cells_max), {}, 0);
+    init_rings();
+    for (laq_seq & seq : seqs) {
+        seq.pinned = pinned;
     }
-    stats.n_resizes = 0;
+    stats.n_ctx         = n_ctx;
+    stats.kv_bytes_full = kv_bytes() / n_cells() * n_ctx;
 
     kv->laq = this;
-    ctx->set_laq(this);
+    // the logical length decides between the long and the short RoPE factors
+    ctx->set_laq(this, n_ctx);
 }
 
 laq_cache::~laq_cache() {
     kv->laq = nullptr;
-    ctx->set_laq(nullptr);
+    ctx->set_laq(nullptr, n_ctx_own);
 }
 
 void laq_cache::check_layers(const llama_context & ctx) {
@@ -51,6 +48,10 @@ void laq_cache::check_layers(const llama_context & ctx) {
 
     if (kv->other || kv->layers.size() != kv->map_layer_ids.size()) {
         throw laq_error(LAQ_STATUS_UNSUPPORTED, "layers of this model share their KV cache; unset kv_budget");
+    }
+    if (kv->n_stream != 1) {
+        throw laq_error(LAQ_STATUS_UNSUPPORTED,
+                        "every sequence has cells of its own: make the context with kv_unified = true");
     }
     for (const auto & layer : kv->layers) {
         if (!layer.k || !layer.v) {
@@ -70,11 +71,26 @@ void laq_cache::init_layers() {
         layer.n_embd_head_k = hparams.n_embd_head_k(src.il);
         layer.n_embd_head_v = hparams.n_embd_head_v(src.il);
         layer.softcap       = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-        layers.push_back(layer);
+        layer.origin.assign((size_t) layer.n_head_kv * n_cells(), -1);
+        layers.push_back(std::move(layer));
     }
 }
 
-void laq_cache::init_ring() {
+void laq_cache::init_rings() {
+    const uint32_t n_ring = std::max(params.n_window, params.n_window_snapkv) + params.n_lookahead;
+
+    n_slots            = 0;
+    const auto reserve = [&](laq_ring & ring, uint32_t n) {
+        ring.first = n_slots;
+        ring.pos.assign(n, -1);
+        n_slots += n;
+    };
+    for (laq_seq & seq : seqs) {
+        reserve(seq.ring, n_ring);
+    }
+    reserve(scratch, params.n_window + params.n_lookahead);
+    ++n_slots;
+
     for (const auto & [_, buf] : kv->ctxs_bufs) {
         const ggml_init_params ip = { layers.size() * ggml_tensor_overhead(), nullptr, true };
 
@@ -84,7 +100,7 @@ void laq_cache::init_ring() {
             if (k(ikv)->buffer != buf.get()) {
                 continue;
             }
-            layer.ring = ggml_new_tensor_2d(rctx.get(), GGML_TYPE_F32, layer.n_embd_head_k * layer.n_head, n_ring);
+            layer.ring = ggml_new_tensor_2d(rctx.get(), GGML_TYPE_F32, layer.n_embd_head_k * layer.n_head, n_slots);
             ggml_format_name(layer.ring, "laq_ring_l%d", layer.il);
         }
         if (!ggml_get_first_tensor(rctx.get())) {
@@ -98,12 +114,33 @@ void laq_cache::init_ring() {
         ggml_backend_buffer_clear(rbuf.get(), 0);
         ring_bufs.emplace_back(std::move(rctx), std::move(rbuf));
     }
-    ring_pos.assign(n_ring, -1);
+}
+
+void laq_cache::reserve() {
+    try {
+        ctx->sched_reserve();
+    } catch (const laq_error &) {
+        throw;
+    } catch (const std::exception & e) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, std::string(e.what()) + ": use a smaller n_ubatch or fewer cells");
+    }
+    for (const laq_layer & layer : layers) {
+        if (layer.has_bias) {
+            throw laq_error(LAQ_STATUS_UNSUPPORTED, "models with an attention bias cannot be evicted: unset kv_budget");
+        }
+    }
 }
 
 //
 // what is there
 //
+
+laq_params laq_cache::params_of(int32_t seq_id) const {
+    laq_params p = params;
+    p.pinned     = seqs[seq_id].pinned.data();
+    p.n_pinned   = seqs[seq_id].pinned.size();
+    return p;
+}
 
 const llama_kv_cells & laq_cache::cells() const {
     return kv->v_cells[0];
@@ -125,34 +162,46 @@ uint32_t laq_cache::n_cells() const {
     return cells().size();
 }
 
-uint32_t laq_cache::n_resident() const {
+uint32_t laq_cache::n_used() const {
     return cells().get_used();
 }
 
-int32_t laq_cache::n_tokens() const {
-    return cells().seq_pos_max(0) + 1;
+int32_t laq_cache::n_tokens(int32_t seq_id) const {
+    return cells().seq_pos_max(seq_id) + 1;
 }
 
-std::vector<uint32_t> laq_cache::resident() const {
+std::vector<uint32_t> laq_cache::resident(int32_t seq_id) const {
     std::vector<uint32_t> res;
-    res.reserve(n_resident());
+    res.reserve(n_used());
     for (uint32_t i = 0; i < cells().used_max_p1(); ++i) {
-        if (!cells().is_empty(i)) {
+        if (!cells().is_empty(i) && cells().seq_has(i, seq_id)) {
             res.push_back(i);
         }
     }
     const auto before = [&](uint32_t a, uint32_t b) { return cells().pos_get(a) < cells().pos_get(b); };
     if (!std::is_sorted(res.begin(), res.end(), before)) {
-        std::sort(res.begin(), res.end(), before);
+        std::stable_sort(res.begin(), res.end(), before);
     }
     return res;
 }
 
-int32_t laq_cache::pos_at(uint32_t ikv, uint32_t h, uint32_t cell) const {
-    return cell < origin.n_mixed ? origin.pos[ikv][h * origin.n_mixed + cell] : cells().pos_get(cell);
+uint32_t laq_cache::n_resident(int32_t seq_id) const {
+    if (seqs.size() == 1) {
+        return n_used();
+    }
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < cells().used_max_p1(); ++i) {
+        n += !cells().is_empty(i) && cells().seq_has(i, seq_id);
+    }
+    return n;
 }
 
-static uint64_t bytes_of(const laq_buffers & bufs) {
+int32_t laq_cache::pos_at(int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const {
+    const int32_t pos = cells().pos_get(cell);
+    return pos < seqs[seq_id].n_intact ? layers[ikv].origin[(size_t) h * n_cells() + cell] : pos;
+}
+
+template <typename T> static uint64_t bytes_of(const T & bufs) {
     uint64_t res = 0;
     for (const auto & [_, buf] : bufs) {
         res += ggml_backend_buffer_get_size(buf.get());
@@ -168,212 +217,57 @@ uint64_t laq_cache::ring_bytes() const {
     return bytes_of(ring_bufs);
 }
 
-//
-// moving tokens
-//
+uint64_t laq_cache::compute_bytes() const {
+    ggml_backend_sched_t sched = ctx->get_sched();
 
-// A tensor of the cache as lanes: what one KV head (or, where V is transposed, one channel) holds of each cell.
-struct lane_layout {
-    uint32_t n_lanes;
-    uint32_t n_lanes_head;  // lanes of one KV head
-    size_t   lane;          // bytes from one lane to the next
-    size_t   cell;          // bytes from one cell to the next
-    size_t   item;          // bytes of a lane in a cell
-};
-
-static lane_layout layout_of(const ggml_tensor * t, uint32_t n_head_kv, uint32_t n_embd_head, bool trans) {
-    if (trans) {
-        const size_t size = ggml_type_size(t->type);
-        return { n_head_kv * n_embd_head, n_embd_head, t->ne[1] * size, size, size };
-    }
-    const size_t item = ggml_row_size(t->type, n_embd_head);
-    return { n_head_kv, 1, item, t->nb[1], item };
-}
-
-// The bytes of a tensor, in place where the host sees them.
-struct host_view {
-    ggml_tensor *        t;
-    std::vector<uint8_t> copy;
-    uint8_t *            data;
-
-    host_view(ggml_tensor * t, bool read) : t(t) {
-        if (ggml_backend_buffer_is_host(t->buffer)) {
-            data = (uint8_t *) t->data;
-            return;
-        }
-        copy.resize(ggml_nbytes(t));
-        data = copy.data();
-        if (read) {
-            ggml_backend_tensor_get(t, data, 0, copy.size());
-        }
-    }
-
-    void write() const {
-        if (!copy.empty()) {
-            ggml_backend_tensor_set(t, data, 0, copy.size());
-        }
-    }
-};
-
-// dst cell i = src cell order[kept[i]], lane by lane; runs of neighbours are copied at once where a lane is dense
-static void move_lanes(ggml_tensor * tsrc, ggml_tensor * tdst, const lane_layout & lsrc, const lane_layout & ldst,
-                       const std::vector<uint32_t> & order, const std::vector<std::vector<uint32_t>> * kept) {
-    const host_view src(tsrc, true);
-    const host_view dst(tdst, false);
-
-    for (uint32_t l = 0; l < lsrc.n_lanes; ++l) {
-        const std::vector<uint32_t> * sel = kept ? &(*kept)[l / lsrc.n_lanes_head] : nullptr;
-
-        const size_t n  = sel ? sel->size() : order.size();
-        const auto   at = [&](size_t i) { return order[sel ? (*sel)[i] : i]; };
-
-        for (size_t i = 0, run; i < n; i += run) {
-            run = 1;
-            if (lsrc.cell == lsrc.item && ldst.cell == ldst.item) {
-                while (i + run < n && at(i + run) == at(i) + run) {
-                    ++run;
-                }
-            }
-            memcpy(dst.data + l * ldst.lane + i * ldst.cell, src.data + l * lsrc.lane + at(i) * lsrc.cell,
-                   run * lsrc.item);
-        }
-    }
-    dst.write();
-}
-
-void laq_cache::move_layer(uint32_t ikv, const laq_storage & dst, const std::vector<uint32_t> & order,
-                           const laq_kept & kept) const {
-    const laq_layer & layer = layers[ikv];
-    const auto *      sel   = kept.empty() ? nullptr : &kept[ikv];
-
-    const auto move = [&](ggml_tensor * src, ggml_tensor * out, uint32_t n_embd_head, bool trans) {
-        lane_layout lsrc = layout_of(src, layer.n_head_kv, n_embd_head, trans);
-        lane_layout ldst = layout_of(out, layer.n_head_kv, n_embd_head, trans);
-        if (!sel && !trans) {
-            // all heads move alike: a cell is one lane
-            lsrc = { 1, 1, 0, src->nb[1], src->nb[1] };
-            ldst = { 1, 1, 0, out->nb[1], out->nb[1] };
-        }
-        move_lanes(src, out, lsrc, ldst, order, sel);
-    };
-    move(kv->layers[ikv].k, dst.layers[ikv].k, layer.n_embd_head_k, false);
-    move(kv->layers[ikv].v, dst.layers[ikv].v, layer.n_embd_head_v, kv->v_trans);
-}
-
-laq_storage laq_cache::allocate(uint32_t n_cells) const {
-    laq_storage res;
-    res.layers.resize(layers.size());
-    for (const auto & [_, buf] : kv->ctxs_bufs) {
-        const ggml_init_params ip = { 4 * layers.size() * ggml_tensor_overhead(), nullptr, true };
-
-        ggml_context_ptr nctx(ggml_init(ip));
-        const auto       like = [&](const ggml_tensor * t) {
-            ggml_tensor * n = ggml_new_tensor_3d(nctx.get(), t->type, t->ne[0], n_cells, 1);
-            return ggml_set_name(n, t->name);
-        };
-        const auto stream = [&](ggml_tensor * t) {
-            return ggml_view_2d(nctx.get(), t, t->ne[0], n_cells, t->nb[1], 0);
-        };
-        for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-            if (k(ikv)->buffer == buf.get()) {
-                laq_kv_tensors & l = res.layers[ikv];
-                l.k                = like(kv->layers[ikv].k);
-                l.v                = like(kv->layers[ikv].v);
-                l.k_stream         = stream(l.k);
-                l.v_stream         = stream(l.v);
-            }
-        }
-        ggml_backend_buffer_ptr nbuf(
-            ggml_backend_alloc_ctx_tensors_from_buft(nctx.get(), ggml_backend_buffer_get_type(buf.get())));
-        if (!nbuf) {
-            throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for " + std::to_string(n_cells) +
-                                                      " cells of the KV cache: use a smaller n_ctx or a smaller type_k "
-                                                      "and type_v");
-        }
-        // padding cells are read by attention under a mask: no NaN in them
-        ggml_backend_buffer_clear(nbuf.get(), 0);
-        res.ctxs_bufs.emplace_back(std::move(nctx), std::move(nbuf));
+    uint64_t res = 0;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        res += ggml_backend_sched_get_buffer_size(sched, ggml_backend_sched_get_backend(sched, i));
     }
     return res;
 }
 
-void laq_cache::fill_cells(laq_storage & dst, const std::vector<uint32_t> & order, const laq_kept & kept,
-                           int32_t n_intact) const {
-    const auto put = [&](uint32_t i, uint32_t from, llama_pos pos) {
-        dst.cells.pos_set(i, pos);
-        dst.cells.ext_set(i, cells().ext_get(from));
-        dst.cells.seq_add(i, 0);
-    };
-    if (kept.empty()) {
-        for (uint32_t i = 0; i < order.size(); ++i) {
-            put(i, order[i], cells().pos_get(order[i]));
-        }
-        dst.origin = origin;
-        dst.head   = order.size();
-        return;
-    }
+//
+// captured queries
+//
 
-    const std::vector<uint32_t> & first = kept[0][0];
-
-    laq_origin & o = dst.origin;
-    o.n_intact     = n_intact;
-    while (o.n_mixed < first.size() && pos_at(0, 0, order[first[o.n_mixed]]) < n_intact) {
-        ++o.n_mixed;
+uint32_t laq_cache::n_captured(uint32_t n_tokens) const {
+    if (probing) {
+        return std::min<uint32_t>(n_tokens, scratch.pos.size());
     }
-    // any position below n_intact that is unique and ascending will do for the mask: the lowest of all heads
-    std::vector<int32_t> lowest(o.n_mixed, n_intact);
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        std::vector<int32_t> pos;
-        pos.reserve(layers[ikv].n_head_kv * o.n_mixed);
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            for (uint32_t i = 0; i < o.n_mixed; ++i) {
-                pos.push_back(pos_at(ikv, h, order[kept[ikv][h][i]]));
-                lowest[i] = std::min(lowest[i], pos.back());
-            }
-        }
-        o.pos.push_back(std::move(pos));
-    }
-    if (o.n_mixed > 0) {
-        // the next token after a removal of everything from n_intact on must have position n_intact
-        lowest.back() = n_intact - 1;
-    }
-    for (uint32_t i = 0; i < first.size(); ++i) {
-        const uint32_t from = order[first[i]];
-        put(i, from, i < o.n_mixed ? lowest[i] : cells().pos_get(from));
-    }
-    dst.head = first.size();
+    // the tokens of one sequence come in order: the last ones are the newest. Those of several may come in any
+    return seqs.size() == 1 ? std::min<uint32_t>(n_tokens, seqs[0].ring.pos.size()) : n_tokens;
 }
 
-laq_storage laq_cache::rebuild(uint32_t n_cells, const laq_kept & kept, int32_t n_intact) {
-    const std::vector<uint32_t> order = resident();
+void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots) {
+    std::vector<int32_t> newest(seqs.size(), -1);
+    for (uint32_t i = 0; i < n; ++i) {
+        const uint32_t row    = ubatch.n_tokens - 1 - i;
+        const int32_t  pos    = ubatch.pos[row];
+        const int32_t  seq_id = ubatch.seq_id[row][0];
+        if (seq_id >= (int32_t) seqs.size()) {
+            slots[n - 1 - i] = n_slots - 1;  // a unified cache takes more sequences than n_seq_max: not ours
+            continue;
+        }
+        laq_ring & ring = probing ? scratch : seqs[seq_id].ring;
 
-    laq_storage next = allocate(n_cells);
-    next.cells.resize(n_cells);
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        move_layer(ikv, next, order, kept);
+        newest[seq_id] = std::max(newest[seq_id], pos);
+        // no two rows of a graph may go to one slot
+        const bool stale = pos + (int32_t) ring.pos.size() <= newest[seq_id];
+
+        slots[n - 1 - i] = stale ? n_slots - 1 : ring.slot_of(pos);
+        if (!stale) {
+            ring.pos[ring.slot_of(pos) - ring.first] = pos;
+        }
     }
-    fill_cells(next, order, kept, n_intact);
-    swap_storage(next);
-    ++stats.n_resizes;
-    return next;
+    stats.n_decoded += ubatch.n_tokens;
 }
 
-void laq_cache::swap_storage(laq_storage & other) {
-    std::swap(kv->ctxs_bufs, other.ctxs_bufs);
-    std::swap(kv->v_cells[0], other.cells);
-    std::swap(kv->v_heads[0], other.head);
-    std::swap(origin, other.origin);
-
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        auto & dst = kv->layers[ikv];
-
-        const laq_kv_tensors old = { dst.k, dst.v, dst.k_stream[0], dst.v_stream[0] };
-        const laq_kv_tensors now = other.layers[ikv];
-
-        dst.k             = now.k;
-        dst.v             = now.v;
-        dst.k_stream[0]   = now.k_stream;
-        dst.v_stream[0]   = now.v_stream;
-        other.layers[ikv] = old;
+void laq_cache::reset(int32_t seq_id) {
+    laq_seq & seq = seqs[seq_id];
+    seq.n_intact  = 0;
+    seq.pending   = std::nullopt;
+    if (!keep_rings) {
+        seq.ring.forget(0);
     }
 }

@@ -1,6 +1,6 @@
 #pragma once
 
-// State of one attached context: which tokens its cells hold, the ring of captured queries, the pending eviction.
+// State of one attached context: which tokens its cells hold, the ring of captured queries, pending evictions.
 // Internal to libllama; laq.h is the interface.
 
 #include "laq-hooks.h"
@@ -25,44 +25,17 @@ struct laq_error : std::runtime_error {
     laq_error(laq_status status, const std::string & what) : std::runtime_error(what), status(status) {}
 };
 
-// Which token each KV head holds in each cell. Cells [0, n_mixed) differ between heads; from there on every head
-// holds the token that the cell table names, and that token's position is >= n_intact.
-// Invariant: origins of a head are ascending, and cells [0, n_mixed) are all in use while n_mixed > 0.
-struct laq_origin {
-    uint32_t n_mixed  = 0;
-    int32_t  n_intact = 0;
-
-    std::vector<std::vector<int32_t>> pos;  // per KV layer: [n_head_kv][n_mixed]
-};
-
-using laq_buffers = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
-
-struct laq_kv_tensors {
-    ggml_tensor * k;
-    ggml_tensor * v;
-    ggml_tensor * k_stream;  // views of the one stream
-    ggml_tensor * v_stream;
-};
-
-// K and V of all layers in their buffers, with the table of the cells
-struct laq_storage {
-    laq_buffers                 ctxs_bufs;
-    std::vector<laq_kv_tensors> layers;
-    llama_kv_cells              cells;
-    uint32_t                    head = 0;
-    laq_origin                  origin;
-};
-
-// indices into the resident cells in order of position, per KV layer and KV head; empty = all of them
-using laq_kept = std::vector<std::vector<std::vector<uint32_t>>>;
-
 struct laq_layer {
     int32_t       il;  // layer of the model
     uint32_t      n_head;
     uint32_t      n_head_kv;
     uint32_t      n_embd_head_k;
     uint32_t      n_embd_head_v;
-    ggml_tensor * ring = nullptr;  // F32 [n_embd_head_k*n_head, n_ring]
+    ggml_tensor * ring = nullptr;  // F32 [n_embd_head_k*n_head, n_slots]
+
+    // Where the cells hold different tokens in different heads: position that head h holds in a cell,
+    // [n_head_kv][n_cells]. Valid where the cell table's position is below the n_intact of the cell's sequence.
+    std::vector<int32_t> origin;
 
     // as the model's own attention has them, known once a graph was built
     float         kq_scale = 0.0f;
@@ -76,11 +49,46 @@ struct laq_pending {
     int32_t n_prompt;  // tokens before the first generated one
 };
 
-// the part of a saved state that is ours
-struct laq_saved {
-    laq_origin                 origin;
+// Queries of one sequence: slot of position p is first + p % n.
+struct laq_ring {
+    uint32_t             first = 0;
+    std::vector<int32_t> pos;  // [n] position of the query in each slot, -1 = none
+
+    int32_t slot_of(int32_t p) const { return first + p % (int32_t) pos.size(); }
+
+    // forget queries of positions >= p0
+    void forget(int32_t p0);
+};
+
+// One sequence. Cells of positions below n_intact hold different tokens in different heads; from there on every head
+// holds the token that the cell table names. Invariant: in order of the table's positions, those of a head ascend.
+struct laq_seq {
+    int32_t                    n_intact = 0;
     std::optional<laq_pending> pending;
-    std::vector<int32_t>       ring_pos;
+    std::vector<laq_span>      pinned;
+    laq_ring                   ring;
+};
+
+// the part of a saved state that is ours, of one sequence
+struct laq_saved {
+    int32_t                           seq_id;
+    int32_t                           n_intact;
+    std::optional<laq_pending>        pending;
+    std::vector<int32_t>              ring_pos;
+    std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
+};
+
+// indices into a list of cells in order of position, per KV layer and KV head, all of one length
+using laq_kept = std::vector<std::vector<std::vector<uint32_t>>>;
+
+// what one eviction does
+struct laq_eviction {
+    int32_t         seq_id;
+    uint32_t        n_keep;    // tokens per layer and KV head
+    laq_query_range queries;   // positions whose captured queries score
+    bool            scratch;   // they are in the scratch ring
+    int32_t         n_intact;  // positions from here on are kept whole
+    int32_t         n_end;     // tokens from here on are dropped
 };
 
 struct laq_cache {
@@ -89,17 +97,18 @@ struct laq_cache {
 
     laq_params            params;
     std::vector<laq_span> pinned;
-    uint32_t              n_ring;       // queries kept per layer
-    uint32_t              n_cells_max;  // cells of the context: n_ctx
+    uint32_t              n_ctx;  // positions that a sequence may have
 
-    std::vector<laq_layer> layers;    // in the order of the KV cache
-    std::vector<int32_t>   ring_pos;  // [n_ring] position of the query in each slot, -1 = none
-    laq_origin             origin;
+    std::vector<laq_layer> layers;   // in the order of the KV cache
+    std::vector<laq_seq>   seqs;     // [n_seq_max]
+    laq_ring               scratch;  // queries of a probe, which is not to overwrite those of its sequence
+    uint32_t               n_slots;  // of the rings; the last one takes what nobody wants
 
-    std::optional<laq_pending> pending;
-    std::function<void()>      job;         // what the next update does
-    uint32_t                   n_grow = 0;  // tokens that found no cells
-    std::unique_ptr<laq_saved> saved;       // a state being read, taken over when the cells have been cleared
+    bool                   probing = false;     // what is decoded now goes to the scratch ring
+    std::function<void()>  job;                 // what the next update does
+    uint32_t               n_wanted = 0;        // tokens that found no cells
+    std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
+    bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
     bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
     std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]
@@ -117,66 +126,69 @@ struct laq_cache {
     // throws laq_error if the layers of the context's cache cannot be evicted one by one
     static void check_layers(const llama_context & ctx);
 
-    // cells in use, ordered by position
-    std::vector<uint32_t> resident() const;
-    uint32_t              n_resident() const;
-    uint32_t              n_cells() const;
-    int32_t               n_tokens() const;  // last position + 1
-    uint32_t              n_head_kv_max() const;
+    // allocate what evictions compute with; nothing is allocated after that
+    void reserve();
+
+    // the parameters with the pinned spans of a sequence
+    laq_params params_of(int32_t seq_id) const;
 
     const llama_kv_cells & cells() const;
     ggml_tensor *          k(uint32_t ikv) const;
 
-    // position that head `h` of KV layer `ikv` holds in a cell
-    int32_t pos_at(uint32_t ikv, uint32_t h, uint32_t cell) const;
+    // cells in use by a sequence, ordered by position
+    std::vector<uint32_t> resident(int32_t seq_id) const;
+    uint32_t              n_resident(int32_t seq_id) const;
+    uint32_t              n_used() const;
+    uint32_t              n_cells() const;
+    int32_t               n_tokens(int32_t seq_id) const;  // last position + 1
+    uint32_t              n_head_kv_max() const;
+
+    // position that head `h` of KV layer `ikv` holds in a cell of a sequence
+    int32_t pos_at(int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const;
 
     uint64_t kv_bytes() const;
     uint64_t ring_bytes() const;
+    uint64_t compute_bytes() const;
 
-    // Move the kept tokens into newly allocated cells; returns what they were in. All heads keep the same number.
-    // Throws laq_error and changes nothing if the cells cannot be allocated.
-    laq_storage rebuild(uint32_t n_cells, const laq_kept & kept, int32_t n_intact);
+    // Score, select, compact: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
+    void evict(const laq_eviction & e);
 
-    void swap_storage(laq_storage & other);
-
-    // Score and select with the given parameters; tokens from position n_end on are not kept, and those from
-    // *n_intact (set here) to there are kept whole.
-    laq_kept select(const laq_params & p, int32_t n_prompt, int32_t n_end, int32_t * n_intact);
-
-    // Select and compact. n_prompt: tokens before the lookahead; n_end: as for select.
-    void evict(int32_t n_prompt, int32_t n_end);
-
-    // The attention of the captured queries of positions [first, last) to the cells of `order`:
-    // per KV layer [n_head_kv][order.size()]
-    std::vector<std::vector<float>> score(laq_query_range range, const std::vector<uint32_t> & order);
-
-    // rows of the ring that hold positions [first, last), in order
-    std::vector<int32_t> ring_slots(laq_query_range range) const;
-
-    // forget queries of positions >= p0
-    void forget_queries(int32_t p0);
+    // The attention of captured queries to the cells of `order`: per KV layer [n_head_kv][order.size()]
+    std::vector<std::vector<float>> score(const laq_eviction & e, const std::vector<uint32_t> & order);
 
     // run the job, or what the hooks ask for, as an update of the context's memory; throws what went wrong
     void run_update(std::function<void()> job);
 
-    // what the next update would do by itself: an eviction that has its lookahead, or cells for n_grow tokens
-    bool can_evict() const;
-    void evict_pending();
+    // an eviction whose lookahead is complete
+    bool can_evict(int32_t seq_id) const;
+    void evict_pending(int32_t seq_id);
 
-    // the cells have been cleared
-    void reset();
+    // down to n_keep with the queries of the last tokens
+    void evict_to(int32_t seq_id, uint32_t n_keep);
+
+    // Cells for n_wanted more tokens: sequences above the budget come down to it. false = there are none to be had
+    bool can_make_room() const;
+    void make_room();
+
+    // a sequence is gone
+    void reset(int32_t seq_id);
+
+    // rows of the ring tensors that the rows of a ubatch go to, and which of its last rows are captured
+    uint32_t n_captured(uint32_t n_tokens) const;
+    void     capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots);
 
   private:
-    laq_buffers ring_bufs;
+    using buffers = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
 
-    void        init_layers();
-    void        init_ring();
-    laq_storage allocate(uint32_t n_cells) const;
-    void        move_layer(uint32_t ikv, const laq_storage & dst, const std::vector<uint32_t> & order,
-                           const laq_kept & kept) const;
-    void        fill_cells(laq_storage & dst, const std::vector<uint32_t> & order, const laq_kept & kept,
-                           int32_t n_intact) const;
+    buffers  ring_bufs;
+    uint32_t n_ctx_own;  // llama_context's own n_ctx_seq, put back when detached
+
+    void init_layers();
+    void init_rings();
+
+    laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
+    void     compact(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
+                     const laq_kept & kept);
+    void     move_layer(uint32_t ikv, const std::vector<uint32_t> & dst,
+                        const std::vector<std::vector<uint32_t>> & src) const;
 };
-
-// smallest number of cells that llama.cpp allocates for n tokens
-uint32_t laq_pad_cells(uint32_t n_tokens, uint32_t n_cells_max);

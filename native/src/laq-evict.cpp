@@ -1,62 +1,61 @@
-// The eviction itself, and the hooks through which llama_kv_cache asks for it.
+// Evictions: what triggers one, what scores it, what stays.
 
 #include "laq-cache.h"
 
-#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama-impl.h"
 
 #include <algorithm>
 
-//
-// laq_cache
-//
-
-std::vector<int32_t> laq_cache::ring_slots(laq_query_range range) const {
-    std::vector<int32_t> res;
-    for (int32_t pos = std::max(range.first, range.last - (int32_t) n_ring); pos < range.last; ++pos) {
-        const int32_t slot = pos % (int32_t) n_ring;
-        if (ring_pos[slot] == pos) {
-            res.push_back(slot);
-        }
-    }
-    return res;
-}
-
-void laq_cache::forget_queries(int32_t p0) {
-    for (int32_t & pos : ring_pos) {
-        pos = pos >= p0 ? -1 : pos;
-    }
-}
-
-laq_kept laq_cache::select(const laq_params & p, int32_t n_prompt, int32_t n_end, int32_t * n_intact) {
-    std::vector<uint32_t> order = resident();
+// indices into view of what stays of one head: pinned first, then by rank
+laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> & order,
+                           const std::vector<uint8_t> & own) {
+    laq_params p  = params_of(e.seq_id);
+    p.n_kv_budget = e.n_keep;
 
     const int64_t t0 = ggml_time_us();
 
     std::vector<std::vector<float>> raw;
     if (laq_policy_needs_queries(p)) {
-        raw = score(laq_policy_queries(p, n_prompt, n_tokens()), order);
+        raw = score(e, order);
     }
 
     const int64_t t1 = ggml_time_us();
 
-    const auto before = [&](uint32_t cell, int32_t pos) { return cells().pos_get(cell) < pos; };
-
-    const uint32_t n_all = order.size();
-    const uint32_t n     = std::lower_bound(order.begin(), order.end(), n_end, before) - order.begin();
-
-    *n_intact = std::max(origin.n_intact, n_prompt - (int32_t) laq_policy_window(p));
+    // what may stay: the sequence's own cells before n_end, and where they are in `order`
+    std::vector<uint32_t> at;
+    for (uint32_t i = 0; i < order.size(); ++i) {
+        if (own[i] && cells().pos_get(order[i]) < e.n_end) {
+            at.push_back(i);
+        }
+    }
+    const uint32_t n_shared = std::count(own.begin(), own.end(), 0);
+    p.n_kv_budget -= std::min(p.n_kv_budget, n_shared);
 
     laq_kept             res(layers.size());
-    std::vector<int32_t> pos(n);
+    std::vector<int32_t> pos(at.size());
+    std::vector<float>   s(at.size());
     for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
         for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            for (uint32_t i = 0; i < n; ++i) {
-                pos[i] = pos_at(ikv, h, order[i]);
+            for (uint32_t i = 0; i < at.size(); ++i) {
+                pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
+                s[i]   = raw.empty() ? 0.0f : raw[ikv][h * order.size() + at[i]];
             }
-            const float * s = raw.empty() ? nullptr : raw[ikv].data() + (size_t) h * n_all;
-            res[ikv].push_back(laq_select_head(p, ikv, h, { pos.data(), s, n, *n_intact }));
+            const laq_head_view view     = { pos.data(), raw.empty() ? nullptr : s.data(), (uint32_t) at.size(),
+                                             e.n_intact };
+            const auto          pinned   = laq_pinned(p, view);
+            const uint32_t      n_pinned = std::count(pinned.begin(), pinned.end(), 1);
+            if (n_pinned > p.n_kv_budget) {
+                throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                                std::to_string(n_pinned + n_shared) +
+                                    " tokens of the sequence are pinned or shared "
+                                    "with another one (llama_memory_seq_cp), kv_budget = " +
+                                    std::to_string(e.n_keep) + ": raise kv_budget or pin and share less");
+            }
+            res[ikv].push_back(laq_select_keys(p, ikv, h, view, pinned.data()));
+            for (uint32_t & i : res[ikv].back()) {
+                i = at[i];
+            }
         }
     }
     if (debug) {
@@ -67,28 +66,77 @@ laq_kept laq_cache::select(const laq_params & p, int32_t n_prompt, int32_t n_end
     return res;
 }
 
-void laq_cache::evict(int32_t n_prompt, int32_t n_end) {
-    int32_t        n_intact = 0;
-    const laq_kept kept     = select(params, n_prompt, n_end, &n_intact);
+void laq_cache::evict(const laq_eviction & e) {
+    const std::vector<uint32_t> order = resident(e.seq_id);
+
+    // cells that another sequence shares stay where they are, whole
+    std::vector<uint8_t> own(order.size());
+    for (size_t i = 0; i < order.size(); ++i) {
+        own[i] = cells().seq_count(order[i]) == 1;
+    }
+    const laq_kept kept = select(e, order, own);
 
     const int64_t t0 = ggml_time_us();
-    rebuild(laq_pad_cells(kept[0][0].size() + 1, n_cells_max), kept, n_intact);
-    forget_queries(n_end);
+    for (size_t i = 0; i < order.size(); ++i) {
+        for (uint32_t ikv = 0; ikv < layers.size() && !own[i]; ++ikv) {
+            for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
+                layers[ikv].origin[(size_t) h * n_cells() + order[i]] = pos_at(e.seq_id, ikv, h, order[i]);
+            }
+        }
+    }
+    compact(e, order, own, kept);
+
+    laq_seq & seq = seqs[e.seq_id];
+    seq.n_intact  = e.n_intact;
+    seq.ring.forget(e.n_end);
     stats.ms_compact += (ggml_time_us() - t0) / 1000.0;
     ++stats.n_evictions;
 }
 
-bool laq_cache::can_evict() const {
-    return pending && params.lookahead == LAQ_LOOKAHEAD_DEFERRED &&
-           n_tokens() >= pending->n_prompt + (int32_t) params.n_lookahead;
+void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep) {
+    const int32_t n_end    = n_tokens(seq_id);
+    const int32_t n_prompt = std::max(0, n_end - (int32_t) laq_policy_ahead(params));
+    const int32_t n_window = laq_policy_window(params);
+
+    seqs[seq_id].pending.reset();
+    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false,
+            std::max(seqs[seq_id].n_intact, n_prompt - n_window), n_end });
 }
 
-void laq_cache::evict_pending() {
+bool laq_cache::can_evict(int32_t seq_id) const {
+    const auto & pending = seqs[seq_id].pending;
+    return pending && n_tokens(seq_id) >= pending->n_prompt + (int32_t) params.n_lookahead;
+}
+
+void laq_cache::evict_pending(int32_t seq_id) {
+    laq_seq &     seq   = seqs[seq_id];
+    const int32_t n_end = n_tokens(seq_id);
     // no more than n_lookahead tokens are ahead, or the window would not fit the budget
-    const int32_t n_prompt = std::max(pending->n_prompt, n_tokens() - (int32_t) params.n_lookahead);
-    pending.reset();
-    if (n_resident() > params.n_kv_budget) {
-        evict(n_prompt, n_tokens());
+    const int32_t n_prompt = std::max(seq.pending->n_prompt, n_end - (int32_t) params.n_lookahead);
+
+    seq.pending.reset();
+    if (n_resident(seq_id) > params.n_kv_budget) {
+        const int32_t n_intact = std::max(seq.n_intact, n_prompt - (int32_t) laq_policy_window(params));
+        evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false, n_intact, n_end });
+    }
+}
+
+bool laq_cache::can_make_room() const {
+    if (params.policy == LAQ_POLICY_FULL || n_cells() - n_used() >= n_wanted) {
+        return false;
+    }
+    uint32_t n_over = 0;
+    for (uint32_t s = 0; s < seqs.size(); ++s) {
+        n_over += n_resident(s) - std::min(n_resident(s), params.n_kv_budget);
+    }
+    return n_cells() - n_used() + n_over >= n_wanted;
+}
+
+void laq_cache::make_room() {
+    for (uint32_t s = 0; s < seqs.size() && n_cells() - n_used() < n_wanted; ++s) {
+        if (n_resident(s) > params.n_kv_budget) {
+            evict_to(s, params.n_kv_budget);
+        }
     }
 }
 
@@ -100,98 +148,4 @@ void laq_cache::run_update(std::function<void()> j) {
     if (status != LAQ_STATUS_OK) {
         throw laq_error(status, error);
     }
-}
-
-void laq_cache::reset() {
-    origin  = {};
-    pending = std::nullopt;
-    ring_pos.assign(n_ring, -1);
-    if (saved) {
-        origin   = std::move(saved->origin);
-        pending  = saved->pending;
-        ring_pos = std::move(saved->ring_pos);
-        saved.reset();
-    }
-}
-
-//
-// hooks
-//
-
-void laq_kv_clear(laq_cache & laq) {
-    laq.reset();
-}
-
-bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
-    if (seq_id > 0) {
-        // the only sequence is 0: there is nothing to remove
-        return true;
-    }
-    if (p0 == 0 && p1 >= laq.n_tokens()) {
-        laq.reset();
-        return true;
-    }
-    const bool removes = p0 < std::min(p1, laq.n_tokens());
-    if (removes && p0 < laq.origin.n_intact) {
-        LLAMA_LOG_DEBUG("%s: positions below %d have been evicted, [%d, %d) cannot be removed\n", __func__,
-                        laq.origin.n_intact, p0, p1);
-        return false;
-    }
-    if (removes) {
-        laq.forget_queries(p0);
-        if (laq.pending && p0 < laq.pending->n_prompt) {
-            laq.pending.reset();
-        }
-    }
-    return true;
-}
-
-bool laq_kv_refuse(const laq_cache &, const char * what) {
-    LLAMA_LOG_ERROR("%s: not possible with kv_budget: cells hold tokens of different positions of one sequence\n",
-                    what);
-    return true;
-}
-
-uint32_t laq_kv_pad(const laq_cache & laq) {
-    // The CPU gives each thread an equal share of the cells, empty ones included, and those at the end cost nothing:
-    // on a small cache upstream's 256 leave half of the threads idle. As upstream as long as nothing was evicted.
-    const bool small = laq.origin.n_intact > 0 && ggml_backend_buffer_is_host(laq.k(0)->buffer);
-    return small ? 32 : 256;
-}
-
-void laq_kv_no_slot(laq_cache & laq, uint32_t n_tokens) {
-    laq.n_grow = n_tokens;
-}
-
-bool laq_kv_has_update(laq_cache & laq, bool optimize) {
-    if (optimize) {
-        const bool grow = laq.n_grow > 0 && laq.n_resident() + laq.n_grow <= laq.n_cells_max;
-        laq.n_grow      = grow ? laq.n_grow : 0;
-        return grow;
-    }
-    return laq.job || laq.can_evict();
-}
-
-bool laq_kv_update(laq_cache & laq) {
-    laq.status = LAQ_STATUS_OK;
-    try {
-        if (laq.job) {
-            laq.job();
-        } else if (laq.n_grow > 0) {
-            laq.rebuild(laq_pad_cells(laq.n_resident() + laq.n_grow, laq.n_cells_max), {}, 0);
-        } else {
-            laq.evict_pending();
-        }
-    } catch (const laq_error & e) {
-        laq.status = e.status;
-        laq.error  = e.what();
-    } catch (const std::exception & e) {
-        laq.status = LAQ_STATUS_INTERNAL;
-        laq.error  = e.what();
-    }
-    laq.n_grow = 0;
-    if (laq.status != LAQ_STATUS_OK) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, laq.error.c_str());
-    }
-    return laq.status == LAQ_STATUS_OK;
 }

@@ -16,26 +16,19 @@
 // query capture
 //
 
-// Slots of the ring for the last queries of a ubatch: position modulo the size of the ring. They change from token to
-// token while the graph stays the same, so they are an input.
+// Slots of the rings for the last queries of a ubatch. They change from token to token while the graph stays the same,
+// so they are an input.
 class laq_graph_input : public llm_graph_input_i {
   public:
     laq_graph_input(laq_cache & laq, int64_t n) : laq(laq), n(n) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         GGML_ASSERT(ggml_backend_buffer_is_host(slots->buffer));
-        int64_t * data = (int64_t *) slots->data;
-
-        for (int64_t i = 0; i < n; ++i) {
-            const int32_t pos = ubatch->pos[ubatch->n_tokens - n + i];
-
-            data[i]               = pos % (int32_t) laq.n_ring;
-            laq.ring_pos[data[i]] = pos;
-        }
+        laq.capture(*ubatch, n, (int64_t *) slots->data);
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return params.cparams.laq == &laq && std::min<int64_t>(params.ubatch.n_tokens, laq.n_ring) == n;
+        return params.cparams.laq == &laq && laq.n_captured(params.ubatch.n_tokens) == n;
     }
 
     laq_cache &   laq;
@@ -67,7 +60,7 @@ void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_ten
     layer->sinks    = sinks;
     layer->has_bias = kq_b != nullptr;
 
-    const int64_t n = std::min<int64_t>(q->ne[2], laq.n_ring);
+    const int64_t n = laq.n_captured(q->ne[2]);
 
     if (q->nb[1] != q->ne[0] * q->nb[0]) {
         q = ggml_cont(gctx.ctx0, q);
@@ -162,45 +155,81 @@ static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_c
     return sg;
 }
 
-static void set_score_inputs(const laq_cache & laq, const score_graph & sg, const std::vector<int32_t> & slots) {
+void laq_graph_reserve(laq_cache & laq) {
+    if (!laq_policy_needs_queries(laq.params) && laq.params.draft != LAQ_DRAFT_SNAPKV) {
+        return;
+    }
+    llm_graph_result * res = laq.ctx->get_gf_res_reserve();
+    res->reset();
+
+    const int64_t n_q = std::max(laq.seqs[0].ring.pos.size(), laq.scratch.pos.size());
+    build_score_graph(laq, res->get_ctx(), res->get_gf(), laq.n_cells(), n_q);
+
+    ggml_backend_sched_t sched = laq.ctx->get_sched();
+    ggml_backend_sched_reset(sched);
+    if (!ggml_backend_sched_reserve(sched, res->get_gf())) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY,
+                        "no memory for the score graph: use a smaller kv_staging, kv_budget or window_size");
+    }
+    res->reset();
+}
+
+// a captured query and where it is
+struct observation {
+    int32_t slot;
+    int32_t pos;
+};
+
+static std::vector<observation> observations(const laq_cache & laq, const laq_eviction & e) {
+    const laq_ring & ring = e.scratch ? laq.scratch : laq.seqs[e.seq_id].ring;
+
+    std::vector<observation> res;
+    for (int32_t pos = std::max(e.queries.first, e.queries.last - (int32_t) ring.pos.size()); pos < e.queries.last;
+         ++pos) {
+        const int32_t slot = ring.slot_of(pos);
+        if (ring.pos[slot - ring.first] == pos) {
+            res.push_back({ slot, pos });
+        }
+    }
+    return res;
+}
+
+static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_graph & sg,
+                             const std::vector<observation> & obs) {
     const int64_t n_kv = sg.mask->ne[0];
 
-    // a query sees the tokens up to its own position; evicted cells are below every captured query
-    std::vector<float> mask(n_kv * slots.size(), -INFINITY);
-    for (size_t j = 0; j < slots.size(); ++j) {
+    // a query sees its sequence up to its own position; evicted cells are below every captured query
+    std::vector<int32_t> slots;
+    std::vector<float>   mask(n_kv * obs.size(), -INFINITY);
+    for (const observation & o : obs) {
         for (int64_t i = 0; i < n_kv; ++i) {
-            if (!laq.cells().is_empty(i) && laq.cells().pos_get(i) <= laq.ring_pos[slots[j]]) {
-                mask[j * n_kv + i] = 0.0f;
+            if (!laq.cells().is_empty(i) && laq.cells().seq_has(i, seq_id) && laq.cells().pos_get(i) <= o.pos) {
+                mask[slots.size() * n_kv + i] = 0.0f;
             }
         }
+        slots.push_back(o.slot);
     }
     ggml_backend_tensor_set(sg.slots, slots.data(), 0, ggml_nbytes(sg.slots));
     ggml_backend_tensor_set(sg.mask, mask.data(), 0, ggml_nbytes(sg.mask));
 }
 
-std::vector<std::vector<float>> laq_cache::score(laq_query_range range, const std::vector<uint32_t> & order) {
-    const std::vector<int32_t> slots = ring_slots(range);
-    if (slots.empty()) {
+std::vector<std::vector<float>> laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
+    const std::vector<observation> obs = observations(*this, e);
+    if (obs.empty()) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
                         "no captured queries to score with: decode the prompt's last tokens in one llama_decode()");
     }
-    for (const laq_layer & layer : layers) {
-        if (layer.has_bias) {
-            throw laq_error(LAQ_STATUS_UNSUPPORTED, "models with an attention bias cannot be evicted: unset kv_budget");
-        }
-    }
-
     ggml_backend_sched_t sched = ctx->get_sched();
     ggml_backend_sched_reset(sched);
 
     llm_graph_result * res = ctx->get_gf_res_reserve();
     res->reset();
 
-    const score_graph sg = build_score_graph(*this, res->get_ctx(), res->get_gf(), cells().used_max_p1(), slots.size());
+    const score_graph sg = build_score_graph(*this, res->get_ctx(), res->get_gf(), cells().used_max_p1(), obs.size());
     if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph: use a smaller window_size");
     }
-    set_score_inputs(*this, sg, slots);
+    set_score_inputs(*this, e.seq_id, sg, obs);
     if (ctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
         throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph was aborted or failed");
     }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 static const laq_layer & layer_at(const laq_cache * laq, uint32_t ikv) {
     laq_check(laq, "laq must not be NULL");
@@ -28,7 +29,8 @@ laq_status laq_get_layer_info(const laq_cache * laq, uint32_t ikv, laq_layer_inf
         res.n_head         = layer.n_head;
         res.n_head_kv      = layer.n_head_kv;
         res.n_embd_head_k  = layer.n_embd_head_k;
-        res.n_queries      = laq->n_ring - std::count(laq->ring_pos.begin(), laq->ring_pos.end(), -1);
+        const auto & held  = laq->seqs[0].ring.pos;
+        res.n_queries      = held.size() - std::count(held.begin(), held.end(), -1);
         res.kq_scale       = layer.kq_scale;
         res.softcap        = layer.softcap;
         memcpy(info, &res, std::min<size_t>(info->size, sizeof(res)));
@@ -41,20 +43,16 @@ laq_status laq_get_queries(const laq_cache * laq, uint32_t ikv, int32_t * pos, f
         laq_check(pos && dst, "pos and dst must not be NULL");
         laq->ctx->synchronize();
 
-        std::vector<int32_t> slots;
-        for (uint32_t slot = 0; slot < laq->n_ring; ++slot) {
-            if (laq->ring_pos[slot] >= 0) {
-                slots.push_back(slot);
-            }
-        }
-        std::sort(slots.begin(), slots.end(),
-                  [&](int32_t a, int32_t b) { return laq->ring_pos[a] < laq->ring_pos[b]; });
+        const laq_ring &     ring = laq->seqs[0].ring;
+        std::vector<int32_t> held;
+        std::copy_if(ring.pos.begin(), ring.pos.end(), std::back_inserter(held), [](int32_t p) { return p >= 0; });
+        std::sort(held.begin(), held.end());
 
         const uint64_t n_row = (uint64_t) layer.n_head * layer.n_embd_head_k;
-        laq_check(n == slots.size() * n_row, "dst needs n_queries*n_head*n_embd_head_k elements");
-        for (const int32_t slot : slots) {
-            *pos++ = laq->ring_pos[slot];
-            ggml_backend_tensor_get(layer.ring, dst, slot * layer.ring->nb[1], n_row * sizeof(float));
+        laq_check(n == held.size() * n_row, "dst needs n_queries*n_head*n_embd_head_k elements");
+        for (const int32_t p : held) {
+            *pos++ = p;
+            ggml_backend_tensor_get(layer.ring, dst, ring.slot_of(p) * layer.ring->nb[1], n_row * sizeof(float));
             dst += n_row;
         }
     });
@@ -67,7 +65,7 @@ laq_status laq_get_keys(const laq_cache * laq, uint32_t ikv, float * dst, uint64
         laq->ctx->synchronize();
 
         const ggml_tensor *         k     = laq->k(ikv);
-        const std::vector<uint32_t> order = laq->resident();
+        const std::vector<uint32_t> order = laq->resident(0);
         const uint64_t              n_row = (uint64_t) layer.n_head_kv * layer.n_embd_head_k;
         laq_check(n == order.size() * n_row, "dst needs n_resident*n_head_kv*n_embd_head_k elements");
 

@@ -143,8 +143,7 @@ std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, u
     return laq_top(followed.data(), first.data(), view.n, n_budget);
 }
 
-std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
-                                      const laq_head_view & view) {
+std::vector<uint8_t> laq_pinned(const laq_params & params, const laq_head_view & view) {
     std::vector<uint8_t> pinned(view.n);
     for (uint32_t i = 0; i < view.n; ++i) {
         const int32_t pos = view.pos[i];
@@ -155,7 +154,12 @@ std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, u
         }
         pinned[i] = pin;
     }
-    return laq_select_keys(params, ikv, head, view, pinned.data());
+    return pinned;
+}
+
+std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
+                                      const laq_head_view & view) {
+    return laq_select_keys(params, ikv, head, view, laq_pinned(params, view).data());
 }
 
 laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt, int32_t n_end) {
@@ -182,6 +186,49 @@ bool laq_policy_needs_lookahead(const laq_params & params) {
     return params.policy == LAQ_POLICY_LAQ || params.policy == LAQ_POLICY_LAQ_PP;
 }
 
+uint32_t laq_policy_ahead(const laq_params & params) {
+    return laq_policy_needs_lookahead(params) ? params.n_lookahead : 0;
+}
+
+uint32_t laq_policy_room(const laq_params & params) {
+    return laq_policy_needs_lookahead(params) ? params.n_probe + params.n_lookahead : 0;
+}
+
+laq_chunk laq_plan_chunk(const laq_params * params, uint32_t n_cells, uint32_t n_used, uint32_t n_resident,
+                         uint32_t n_left, uint32_t n_batch) {
+    const laq_params & p = *params;
+
+    const int64_t ahead = laq_policy_ahead(p);
+    const int64_t room  = laq_policy_room(p);
+    const int64_t free  = (int64_t) n_cells - n_used;
+
+    if (p.policy == LAQ_POLICY_FULL) {
+        return { (uint32_t) std::max<int64_t>(0, std::min<int64_t>({ n_left, n_batch, free })), 0, 0 };
+    }
+    // the rest of the prompt fits: it is evicted once, with all of it in view. So it is, with less to look ahead in,
+    // where nothing could be evicted now
+    if (n_left + ahead <= free || (n_left <= free && n_resident <= p.n_kv_budget)) {
+        return { std::min(n_left, n_batch), 0, 0 };
+    }
+    const int64_t step = std::min<int64_t>({ n_batch, n_left, p.n_chunk ? p.n_chunk : n_batch });
+    if (free - room >= step) {
+        return { (uint32_t) step, 0, 0 };
+    }
+    // keep the cells full: only what the next chunk needs goes
+    const int64_t n_over   = std::max<int64_t>(0, (int64_t) n_resident - p.n_kv_budget);
+    const int64_t n_evict  = std::min(step + room - free, n_over);
+    const int64_t n_tokens = std::min(step, free + n_evict - room);
+
+    int64_t n_probe = 0;
+    if (laq_policy_needs_lookahead(p)) {
+        n_probe = std::min<int64_t>({ p.n_probe, n_left, free - ahead });
+    }
+    if (n_tokens < 1 || (room > 0 && n_probe < 1)) {
+        return { 0, 0, 0 };
+    }
+    return { (uint32_t) n_tokens, (uint32_t) n_evict, (uint32_t) n_probe };
+}
+
 uint32_t laq_policy_n_pinned(const laq_params & params) {
     std::vector<laq_span> spans(params.pinned, params.pinned + params.n_pinned);
     spans.push_back({ 0, (int32_t) params.n_sink });
@@ -193,9 +240,6 @@ uint32_t laq_policy_n_pinned(const laq_params & params) {
         n += std::max(0, s.p1 - std::max(s.p0, end));
         end = std::max(end, s.p1);
     }
-    n += laq_policy_window(params);
-    if (laq_policy_needs_lookahead(params) && params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
-        n += params.n_lookahead;
-    }
+    n += laq_policy_window(params) + laq_policy_ahead(params);
     return (uint32_t) std::min<int64_t>(n, std::numeric_limits<uint32_t>::max());
 }

@@ -44,6 +44,9 @@ std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t he
 std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, uint32_t head,
                                       const laq_head_view & view, const uint8_t * pinned);
 
+// what no eviction may free: sinks, pinned spans, positions from n_intact on
+std::vector<uint8_t> laq_pinned(const laq_params & params, const laq_head_view & view);
+
 // the selection of one KV head: indices into view, ascending
 std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
                                       const laq_head_view & view);
@@ -62,5 +65,9 @@ uint32_t laq_policy_window(const laq_params & params);
 bool laq_policy_needs_queries(const laq_params & params);
 bool laq_policy_needs_lookahead(const laq_params & params);
 
-// cells that no eviction frees: the union of sinks, window, lookahead (deferred) and pinned spans
+// tokens of the lookahead, and cells that stay free for the probe while a prompt is read
+uint32_t laq_policy_ahead(const laq_params & params);
+uint32_t laq_policy_room(const laq_params & params);
+
+// cells that no eviction frees: the union of sinks, window, lookahead and pinned spans
 uint32_t laq_policy_n_pinned(const laq_params & params);

@@ -1,6 +1,6 @@
-// What a saved state of an attached context carries in front of its cells: the tables of evicted cells, and the
-// captured queries if an eviction waits for more of them. A context without one stops at the magic number, since
-// upstream expects the number of streams there.
+// What a saved state of an attached context carries in front of its cells: of each sequence the tables of evicted cells,
+// the eviction that waits, and the captured queries that the next one will ask for. A context without one stops at the
+// magic number, since upstream expects the number of streams there.
 
 #include "laq-cache.h"
 
@@ -8,7 +8,7 @@
 #include "llama-io.h"
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -20,87 +20,178 @@ template <typename T> static T get(llama_io_read_i & io) {
     return value;
 }
 
-static void put_rows(llama_io_write_i & io, const std::vector<int32_t> & values) {
-    io.write(values.data(), values.size() * sizeof(int32_t));
+//
+// writing
+//
+
+static void write_origin(const laq_cache & laq, llama_io_write_i & io, int32_t s) {
+    std::vector<uint32_t> mixed;
+    for (const uint32_t cell : laq.resident(s)) {
+        if (laq.cells().pos_get(cell) < laq.seqs[s].n_intact) {
+            mixed.push_back(cell);
+        }
+    }
+    put<uint32_t>(io, mixed.size());
+    std::vector<int32_t> row(mixed.size());
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        put(io, laq.layers[ikv].n_head_kv);
+        for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+            for (size_t i = 0; i < mixed.size(); ++i) {
+                row[i] = laq.pos_at(s, ikv, h, mixed[i]);
+            }
+            io.write(row.data(), row.size() * sizeof(int32_t));
+        }
+    }
 }
 
-void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io) {
+static void write_ring(const laq_cache & laq, llama_io_write_i & io, int32_t s) {
+    const laq_ring & ring = laq.seqs[s].ring;
+    put<uint32_t>(io, ring.pos.size());
+    io.write(ring.pos.data(), ring.pos.size() * sizeof(int32_t));
+    for (const laq_layer & layer : laq.layers) {
+        put<uint32_t>(io, layer.ring->nb[1]);
+        for (size_t i = 0; i < ring.pos.size(); ++i) {
+            if (ring.pos[i] >= 0) {
+                io.write_tensor(layer.ring, (ring.first + i) * layer.ring->nb[1], layer.ring->nb[1]);
+            }
+        }
+    }
+}
+
+void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t seq_id) {
+    if (seq_id >= (int32_t) laq.seqs.size()) {
+        throw std::runtime_error("sequences from n_seq_max on are not saved with kv_budget");
+    }
+    const int32_t first = seq_id < 0 ? 0 : seq_id;
+    const int32_t last  = seq_id < 0 ? laq.seqs.size() : seq_id + 1;
+
     put(io, STATE_MAGIC);
     put(io, STATE_VERSION);
-    put(io, laq.n_resident());
     put<uint32_t>(io, laq.layers.size());
-    put(io, laq.n_ring);
-    put(io, laq.origin.n_mixed);
-    put(io, laq.origin.n_intact);
-    put<int32_t>(io, laq.pending ? laq.pending->n_prompt : -1);
-    for (const auto & pos : laq.origin.pos) {
-        put<uint32_t>(io, pos.size());
-        put_rows(io, pos);
-    }
-    if (laq.pending) {
-        put_rows(io, laq.ring_pos);
-        for (const laq_layer & layer : laq.layers) {
-            io.write_tensor(layer.ring, 0, ggml_nbytes(layer.ring));
-        }
+    put<uint32_t>(io, last - first);
+    for (int32_t s = first; s < last; ++s) {
+        const laq_seq & seq = laq.seqs[s];
+        put<uint32_t>(io, laq.n_resident(s));
+        put(io, seq.n_intact);
+        put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
+        write_origin(laq, io, s);
+        write_ring(laq, io, s);
     }
 }
 
-[[noreturn]] static void refuse(const char * what) {
-    throw std::runtime_error(std::string("this state does not fit the context: ") + what);
+//
+// reading
+//
+
+[[noreturn]] static void refuse(const std::string & what) {
+    throw std::runtime_error("this state does not fit the context: " + what);
 }
 
-static laq_origin read_origin(const laq_cache & laq, llama_io_read_i & io, uint32_t n_mixed, int32_t n_intact) {
-    laq_origin res;
-    res.n_mixed  = n_mixed;
-    res.n_intact = n_intact;
-    if (n_intact == 0) {
-        return res;
+static void read_origin(const laq_cache & laq, llama_io_read_i & io, laq_saved & saved, uint32_t n_resident) {
+    const uint32_t n_mixed = get<uint32_t>(io);
+    if (n_mixed > n_resident) {
+        refuse("it is damaged");
     }
     for (const laq_layer & layer : laq.layers) {
-        const uint32_t n = get<uint32_t>(io);
-        if (n != layer.n_head_kv * n_mixed) {
+        if (get<uint32_t>(io) != layer.n_head_kv) {
             refuse("another number of KV heads");
         }
-        std::vector<int32_t> & pos = res.pos.emplace_back(n);
-        io.read(pos.data(), n * sizeof(int32_t));
+        std::vector<int32_t> & pos = saved.origin.emplace_back((size_t) layer.n_head_kv * n_mixed);
+        io.read(pos.data(), pos.size() * sizeof(int32_t));
     }
-    return res;
 }
 
-void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io) {
+static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & saved) {
+    const laq_ring & ring = laq.seqs[saved.seq_id].ring;
+    if (get<uint32_t>(io) != ring.pos.size()) {
+        refuse("another window_size, snapkv_window or lookahead_size");
+    }
+    saved.ring_pos.resize(ring.pos.size());
+    io.read(saved.ring_pos.data(), saved.ring_pos.size() * sizeof(int32_t));
+
+    std::vector<uint8_t> skipped;
+    for (const laq_layer & layer : laq.layers) {
+        const size_t size = layer.ring->nb[1];
+        if (get<uint32_t>(io) != size) {
+            refuse("another model");
+        }
+        for (size_t i = 0; i < saved.ring_pos.size(); ++i) {
+            if (saved.ring_pos[i] < 0) {
+                continue;
+            }
+            if (laq.keep_rings) {
+                skipped.resize(size);
+                io.read(skipped.data(), size);
+            } else {
+                io.read_tensor(layer.ring, (ring.first + i) * size, size);
+            }
+        }
+    }
+}
+
+void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
+    laq.saved.clear();
+    if (seq_id >= (int32_t) laq.seqs.size()) {
+        refuse("sequence " + std::to_string(seq_id) + " is not below n_seq_max");
+    }
     if (get<uint32_t>(io) != STATE_MAGIC) {
         refuse("it was saved without kv_budget");
     }
     if (get<uint32_t>(io) != STATE_VERSION) {
-        refuse("it was saved by another version");
+        refuse("it was saved by another version of laq_gguf");
     }
-    const uint32_t n_resident = get<uint32_t>(io);
-    const uint32_t n_layer    = get<uint32_t>(io);
-    const uint32_t n_ring     = get<uint32_t>(io);
-    const uint32_t n_mixed    = get<uint32_t>(io);
-    const int32_t  n_intact   = get<int32_t>(io);
-    const int32_t  n_prompt   = get<int32_t>(io);
-    if (n_resident > laq.n_cells_max || n_mixed > n_resident) {
-        refuse("more tokens than n_ctx");
+    if (get<uint32_t>(io) != laq.layers.size()) {
+        refuse("another number of layers");
     }
-    if (n_layer != laq.layers.size() || n_ring != laq.n_ring) {
-        refuse("another model, window_size or lookahead_size");
+    const uint32_t n_seqs = get<uint32_t>(io);
+    if (n_seqs != (seq_id < 0 ? laq.seqs.size() : 1)) {
+        refuse("another number of sequences");
     }
+    std::vector<laq_saved> saved;
+    for (uint32_t i = 0; i < n_seqs; ++i) {
+        laq_saved & s = saved.emplace_back();
+        s.seq_id      = seq_id < 0 ? (int32_t) i : seq_id;
 
-    auto saved    = std::make_unique<laq_saved>();
-    saved->origin = read_origin(laq, io, n_mixed, n_intact);
-    saved->ring_pos.assign(n_ring, -1);
-    if (n_prompt >= 0) {
-        saved->pending = laq_pending{ n_prompt };
-        io.read(saved->ring_pos.data(), n_ring * sizeof(int32_t));
-        for (const laq_layer & layer : laq.layers) {
-            io.read_tensor(layer.ring, 0, ggml_nbytes(layer.ring));
+        const uint32_t n_resident = get<uint32_t>(io);
+        if (n_resident > laq.n_cells()) {
+            refuse(std::to_string(n_resident) + " cells, but there are " + std::to_string(laq.n_cells()) +
+                   ": raise kv_budget or kv_staging");
+        }
+        s.n_intact = get<int32_t>(io);
+
+        const int32_t n_prompt = get<int32_t>(io);
+        if (n_prompt >= 0) {
+            s.pending = laq_pending{ n_prompt };
+        }
+        read_origin(laq, io, s, n_resident);
+        read_ring(laq, io, s);
+    }
+    laq.saved = std::move(saved);
+}
+
+void laq_kv_state_done(laq_cache & laq) {
+    for (laq_saved & saved : laq.saved) {
+        laq_seq & seq = laq.seqs[saved.seq_id];
+        seq.n_intact  = saved.n_intact;
+        seq.pending   = saved.pending;
+        if (!laq.keep_rings) {
+            seq.ring.pos = saved.ring_pos;
+        }
+        std::vector<uint32_t> mixed;
+        for (const uint32_t cell : laq.resident(saved.seq_id)) {
+            if (laq.cells().pos_get(cell) < seq.n_intact) {
+                mixed.push_back(cell);
+            }
+        }
+        for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+            const std::vector<int32_t> & pos = saved.origin[ikv];
+            if (pos.size() != mixed.size() * laq.layers[ikv].n_head_kv) {
+                refuse("it is damaged");
+            }
+            for (size_t i = 0; i < pos.size(); ++i) {
+                laq.layers[ikv].origin[(i / mixed.size()) * laq.n_cells() + mixed[i % mixed.size()]] = pos[i];
+            }
         }
     }
-
-    // the cells that come next replace these
-    laq.kv->clear(false);
-    laq.rebuild(laq_pad_cells(n_resident + 1, laq.n_cells_max), {}, 0);
-    laq.ctx->set_laq(&laq);
-    laq.saved = std::move(saved);
+    laq.saved.clear();
 }

@@ -65,7 +65,8 @@ def test_speed(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
     text.write_text("".join(f"Line {i} of a long text. " for i in range(200)), encoding="utf-8")
     done = bench(
         "speed", "--model", model, "--plain-lib", plain_lib, "--text", text, "--n-ctx-tokens", 300,
-        "--n-short-tokens", 64, "--budget", 64, "--repeat", 2, "--n-decode", 4, "--out", out,
+        "--n-short-tokens", 64, "--budget", 64, "--kv-staging", 128, "--repeat", 2,
+        "--n-decode", 4, "--out", out,
         *ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -92,7 +93,8 @@ def test_speed_of_the_first_token_alone(
     text.write_text("".join(f"Line {i} of a long text. " for i in range(100)), encoding="utf-8")
     done = bench(
         "speed", "--model", model, "--plain-lib", plain_lib, "--text", text, "--n-ctx-tokens", 200,
-        "--n-short-tokens", 64, "--budget", 64, "--repeat", 3, "--first-token-only", "--out", out,
+        "--n-short-tokens", 64, "--budget", 64, "--kv-staging", 128, "--repeat", 3,
+        "--first-token-only", "--out", out,
         *ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

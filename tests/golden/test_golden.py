@@ -34,7 +34,7 @@ def test_reference_is_unchanged(golden) -> None:
         changed.append(f"names: {sorted(set(computed) ^ stored)}")
     for name in sorted(set(computed) & stored):
         want, got = golden[name], computed[name]
-        exact = name.startswith(("kept_", "random", "pooled_max"))
+        exact = name.startswith(("kept_", "plans", "random", "pooled_max"))
         same = want.shape == got.shape and want.dtype == got.dtype
         # scores go through exp and a matrix product, whose last bit is the platform's
         if not same or not (np.array_equal(want, got) if exact else nmse(got, want) <= 1e-12):

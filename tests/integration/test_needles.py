@@ -21,7 +21,8 @@ N_OWN = 64
 def test_laq_finds_what_the_full_cache_finds(
     smollm2: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    settings = {"n_ctx": 2048, "n_batch": 512, "kv_budget": BUDGET, "lookahead": "pseudo"}
+    settings = {"n_ctx": 2048, "n_batch": 512, "kv_budget": BUDGET, "lookahead": "pseudo",
+                "kv_staging": 2048}  # fmt: skip
     full = open_llama(smollm2, kv_policy="full", **settings)
     evicted = {p: open_llama(smollm2, kv_policy=p, **settings) for p in POLICIES}
     found = dict.fromkeys(("full", *POLICIES), 0)

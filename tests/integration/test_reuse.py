@@ -155,7 +155,7 @@ def test_memory_functions_that_cannot_work_change_nothing(tiny_gguf: Callable[..
     assert not llama_cpp.llama_memory_can_shift(memory)
     llama_cpp.llama_memory_seq_add(memory, 0, 10, 20, 5)
     llama_cpp.llama_memory_seq_div(memory, 0, 10, 20, 2)
-    llama_cpp.llama_memory_seq_keep(memory, 1)
+    llama_cpp.llama_memory_seq_keep(memory, 0)
     llama_cpp.llama_memory_seq_cp(memory, 0, 1, 0, -1)
     assert llama_cpp.llama_memory_seq_rm(memory, 1, -1, -1), "nothing to remove"
     for first, end in ((0, 10), (10, 20), (stats.n_intact - 1, -1)):

@@ -286,23 +286,55 @@ static void test_queries() {
 static void test_n_pinned() {
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 64);
     CHECK(laq_policy_n_pinned(params) == 4 + 8 + 8);
-    params.lookahead = LAQ_LOOKAHEAD_PSEUDO;
-    CHECK(laq_policy_n_pinned(params) == 4 + 8);
+    params.lookahead = LAQ_LOOKAHEAD_PSEUDO;  // the same when decoding fills the cells
+    CHECK(laq_policy_n_pinned(params) == 4 + 8 + 8);
     CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_SNAPKV, 64)) == 4 + 32);
     CHECK(laq_policy_n_pinned(make_params(LAQ_POLICY_STREAMING, 64)) == 4 + 8);
     // 0..3 sinks, 2..9 overlaps them, 8..11 overlaps that, 20..21: the union is 0..11 and 20..21
     const laq_span spans[] = { { 20, 22 }, { 8, 12 }, { 2, 10 } };
     params.pinned          = spans;
     params.n_pinned        = 3;
-    CHECK(laq_policy_n_pinned(params) == 14 + 8);
+    CHECK(laq_policy_n_pinned(params) == 14 + 8 + 8);
     // one span inside another
     const laq_span nested[] = { { 10, 30 }, { 12, 14 } };
     params.pinned           = nested;
     params.n_pinned         = 2;
-    CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8);
+    CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8 + 8);
+}
+
+static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resident, uint32_t n_left, laq_chunk want) {
+    const laq_chunk got = laq_plan_chunk(&params, n_cells, n_resident, n_resident, n_left, 512);
+    return got.n_tokens == want.n_tokens && got.n_evict == want.n_evict && got.n_probe == want.n_probe;
+}
+
+static void test_plan_chunk() {
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
+    params.n_probe    = 48;
+    // all of it fits 768 cells, with 8 for the lookahead
+    CHECK(plan_is(params, 768, 0, 760, { 512, 0, 0 }));
+    CHECK(plan_is(params, 768, 512, 248, { 248, 0, 0 }));
+    // one token more does not, but nothing could be evicted
+    CHECK(plan_is(params, 768, 100, 668, { 512, 0, 0 }));
+    // 712 cells may be filled, 56 stay free for the probe
+    CHECK(plan_is(params, 768, 0, 5000, { 512, 0, 0 }));
+    CHECK(plan_is(params, 768, 512, 4488, { 456, 256, 48 }));
+    // a smaller chunk keeps more: 128 of 200 free ones would leave 72 for the probe, 250 would not
+    params.n_chunk = 128;
+    CHECK(plan_is(params, 768, 568, 5000, { 128, 0, 0 }));
+    CHECK(plan_is(params, 768, 600, 5000, { 128, 16, 48 }));
+    // the probe is what is left of the prompt, or what is left of the cells
+    CHECK(plan_is(params, 768, 740, 30, { 30, 58, 20 }));
+    CHECK(plan_is(params, 768, 764, 30, { 0, 0, 0 }));
+    // no lookahead, no probe
+    CHECK(plan_is(make_params(LAQ_POLICY_STREAMING, 256), 768, 768, 5000, { 512, 512, 0 }));
+    // never below the budget
+    CHECK(plan_is(make_params(LAQ_POLICY_SNAPKV, 700), 768, 768, 5000, { 68, 68, 0 }));
+    CHECK(plan_is(make_params(LAQ_POLICY_FULL, 256), 768, 768, 5000, { 0, 0, 0 }));
+    CHECK(plan_is(make_params(LAQ_POLICY_FULL, 256), 768, 700, 5000, { 68, 0, 0 }));
 }
 
 int main() {
+    test_plan_chunk();
     test_pool();
     test_follow();
     test_copies();

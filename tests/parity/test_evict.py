@@ -45,7 +45,7 @@ class Inspector:
     def stats(self) -> Any:
         stats = self.ffi.new("struct laq_stats *")
         stats.size = self.ffi.sizeof("struct laq_stats")
-        self._check("laq_get_stats", self.lib.laq_get_stats(self.laq, stats))
+        self._check("laq_get_stats", self.lib.laq_get_stats(self.laq, 0, stats))
         return stats
 
     def layer(self, ikv: int) -> Any:

@@ -8,37 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laq_gguf.reference import KVCache, PolicyParams, Tokens
+from reference.made import SHAPE, check_cells, tokens
 
-SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "n_embd_head": 4}
 LN2 = float(np.log(2))
-
-
-def tokens(n: int, seed: int = 0, first: int = 0) -> Tokens:
-    """Random tokens; v says layer, head and position, so that a cell can be recognized."""
-    rng = np.random.default_rng([seed, first])
-    q = rng.standard_normal((2, n, 4, 4)).astype(np.float32) * 2
-    k = rng.standard_normal((2, n, 2, 4)).astype(np.float32)
-    v = np.zeros_like(k)
-    v[..., 0] = np.arange(first, first + n)[None, :, None]
-    v[..., 1] = np.arange(2)[:, None, None]
-    v[..., 2] = np.arange(2)
-    return Tokens(k, v, q)
 
 
 def filled(n_prompt: int, **params) -> KVCache:
     cache = KVCache(PolicyParams(**{"budget": 32, **params}), **SHAPE)
     cache.append(tokens(n_prompt))
     return cache
-
-
-def check_cells(cache: KVCache) -> None:
-    """Every cell holds the token that the origin table says, in every layer and head."""
-    for il, layer in enumerate(cache.layers):
-        for head, positions in enumerate(layer.positions):
-            assert (np.diff(positions) > 0).all()
-            np.testing.assert_array_equal(layer.v[head, :, 0], positions)
-            np.testing.assert_array_equal(layer.v[head, :, 1], il)
-            np.testing.assert_array_equal(layer.v[head, :, 2], head)
 
 
 def test_six_tokens_by_hand() -> None:

@@ -15,6 +15,7 @@ MISSING = "no-such-model.gguf"
 @pytest.mark.parametrize(
     ("name", "near"),
     [("kv_bugdet", "kv_budget"), ("nctx", "n_ctx"), ("lookahead_sise", "lookahead_size"),
+     ("kv_stagging", "kv_staging"), ("prob_size", "probe_size"), ("chunksize", "chunk_size"),
      ("flash_atn", "flash_attn"), ("n_thread", "n_threads")],
 )  # fmt: skip
 def test_unknown_keyword_names_the_nearest(name: str, near: str) -> None:
@@ -43,7 +44,10 @@ def test_settings_that_exclude_a_budget(setting: str, value: object) -> None:
     [({"kv_budget": 19}, "20 are always kept"), ({"kv_budget": 513}, "above n_ctx=512"),
      ({"kv_budget": 128, "kv_policy": "lru"}, "kv_policy must be one of"),
      ({"kv_policy": "lru"}, "kv_policy must be one of"),
-     ({"kv_budget": "1GiB"}, "bytes is not supported")],
+     ({"kv_budget": "lots"}, "is not a size in bytes"),
+     ({"kv_budget": 128, "kv_staging": 40}, "kv_staging=40 is too small"),
+     ({"kv_staging": 0}, "kv_staging must be from 1"),
+     ({"probe_size": 0}, "probe_size must be from 1")],
 )  # fmt: skip
 def test_wrong_values_are_found_before_the_model_is_opened(kwargs: dict, message: str) -> None:
     from laq_gguf import Llama

@@ -19,7 +19,7 @@ def test_defaults_are_those_of_the_python_class() -> None:
     assert args.kv_budget is None and args.temperature == 0.0 and args.n_ctx == 0
 
 
-@pytest.mark.parametrize(("text", "value"), [("256", 256), ("0.25", 0.25)])
+@pytest.mark.parametrize(("text", "value"), [("256", 256), ("0.25", 0.25), ("512MiB", "512MiB")])
 def test_budget(text: str, value: float) -> None:
     args = cli.build_parser().parse_args([*GENERATE, "--kv-budget", text])
     assert args.kv_budget == value and type(args.kv_budget) is type(value)

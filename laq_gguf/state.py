@@ -1,0 +1,180 @@
+"""Saving and restoring what a `Llama` has read: in memory as llama_cpp does it, and as a file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+
+from . import session
+from ._lib import SEQ_ID, load, native_errors
+from ._version import __version__
+from .errors import LaqStateError
+
+native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
+
+import llama_cpp  # noqa: E402
+
+SESSION_FORMAT = 1
+
+
+class StateMixin:
+    """save_state, load_state, save_session and load_session of `Llama`."""
+
+    def _sequence(self: Any) -> bytes:
+        """Cells of the conversation, with the tables of its evictions and its last queries.
+
+        Raises:
+            LaqStateError: llama.cpp could not write it.
+        """
+        with native_errors() as lines:
+            size = llama_cpp.llama_state_seq_get_size(self._ctx.ctx, SEQ_ID)
+            buffer = (ctypes.c_uint8 * size)()
+            written = llama_cpp.llama_state_seq_get_data(self._ctx.ctx, buffer, size, SEQ_ID)
+        if size == 0 or written != size:
+            raise LaqStateError(f"the state could not be saved: {'; '.join(lines)}")
+        return bytes(buffer)
+
+    def _restore_sequence(self: Any, data: bytes) -> None:
+        """Replace the conversation; if that fails it is back as it was.
+
+        Raises:
+            LaqStateError: the data does not fit this model.
+        """
+        before = self._sequence()
+        with native_errors() as lines:
+            done = self._set_sequence(data)
+        if not done:
+            if not self._set_sequence(before):  # cannot be: it was there a moment ago
+                self.reset()
+            reason = "; ".join(dict.fromkeys(lines)) or "llama.cpp gave no reason"
+            raise LaqStateError(f"the state does not fit this model: {reason}")
+
+    def _set_sequence(self: Any, data: bytes) -> bool:
+        source = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        read = llama_cpp.llama_state_seq_set_data(self._ctx.ctx, source, len(data), SEQ_ID)
+        return read == len(data)
+
+    def save_state(self: Any) -> llama_cpp.LlamaState:
+        """Tokens, KV cache and what the eviction knows, for `load_state`.
+
+        Raises:
+            LaqStateError: llama.cpp could not write the state.
+        """
+        if self._laq is None:
+            return super().save_state()  # type: ignore[misc]
+        data = self._sequence()
+        # without logits_all llama_cpp's array of scores holds nothing
+        scores = self._scores.copy() if self._logits_all else self.scores[:0].copy()
+        return llama_cpp.LlamaState(
+            input_ids=self._input_ids.copy(),
+            scores=scores,
+            n_tokens=self.n_tokens,
+            llama_state=data,
+            llama_state_size=len(data),
+            seed=self._seed,
+        )
+
+    def load_state(self: Any, state: llama_cpp.LlamaState) -> None:
+        """Go back to a saved state, of a model made with the same settings.
+
+        Raises:
+            LaqContextFullError: the state has more tokens than n_ctx.
+            LaqStateError: the state was saved under other settings. In both cases nothing was
+                changed.
+        """
+        self._check_room(state.n_tokens)
+        if self._laq is None:
+            self._load_plain(state)
+            return
+        n_scores = state.n_tokens if self._logits_all else 0
+        if state.scores.shape != (n_scores, self._n_vocab):
+            raise LaqStateError(
+                "the state was saved by another model, with another logits_all, or without "
+                "kv_budget"
+            )
+        self._restore_sequence(state.llama_state)
+        self.scores[:n_scores] = state.scores
+        self._take_tokens(state.input_ids[: state.n_tokens])
+        self._seed = state.seed
+
+    def _load_plain(self: Any, state: llama_cpp.LlamaState) -> None:
+        """Without kv_budget, as llama_cpp does it; where it fails half-way the model is reset."""
+        input_ids = self.input_ids
+        if state.scores.shape != self.scores[: state.n_tokens].shape:
+            raise LaqStateError(
+                "the state does not fit this model: it was saved with kv_budget, by another model, "
+                "or with another n_batch or logits_all"
+            )
+        with native_errors() as lines:
+            try:
+                super().load_state(state)  # type: ignore[misc]
+            except RuntimeError as error:
+                self.input_ids = input_ids
+                self.reset()
+                self._ctx.kv_cache_clear()
+                reason = "; ".join(dict.fromkeys(lines)) or str(error)
+                raise LaqStateError(f"the state does not fit this model: {reason}") from error
+        # the state's array has its own n_ctx
+        input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.input_ids = input_ids
+
+    def _take_tokens(self: Any, tokens: Any) -> None:
+        self.n_tokens = len(tokens)
+        self.input_ids[: self.n_tokens] = tokens
+        self._requires_eval = True  # the logits of the last token are not part of a state
+
+    def _session_settings(self: Any) -> dict[str, Any]:
+        """What has to be the same where a session is loaded."""
+        params = self.context_params
+        return {
+            "model_fingerprint": session.model_fingerprint(self.model_path),
+            "llama_cpp_commit": native.build_info()["llama.cpp"],
+            "abi_version": int(native.lib.laq_abi_version()),
+            "type_k": int(params.type_k),
+            "type_v": int(params.type_v),
+            "flash_attn": params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            "window_size": self.laq_config.window_size,
+            "snapkv_window": self.laq_config.snapkv_window,
+            "lookahead_size": self.laq_config.lookahead_size,
+        }
+
+    def save_session(self: Any, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a file: tokens, cells and the tables of its evictions.
+
+        The file holds no logits: the last token is decoded again when the conversation goes on.
+        It carries a fingerprint of the model, the versions and a checksum, and takes the place of
+        an older file only when it is complete.
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or the file cannot be written.
+        """
+        self._attached("save_session()")
+        header = {
+            **self._session_settings(),
+            "session_format": SESSION_FORMAT,
+            "laq_version": __version__,
+            "n_tokens": self.n_tokens,
+            "kv_budget": self.kv_budget,
+            "kv_policy": self.laq_config.kv_policy,
+            "pinned_prefix": self._pinned_prefix,
+        }
+        session.write_session(path, header, self._input_ids.astype(np.int32), self._sequence())
+
+    def load_session(self: Any, path: str | os.PathLike[str]) -> None:
+        """Go on with the conversation of a file from `save_session`.
+
+        Raises:
+            LaqStateError: the file cannot be read, is none, is truncated or damaged, or belongs
+                to another model or other settings (the message names them).
+            LaqContextFullError: it has more tokens than n_ctx. In all cases nothing was changed.
+        """
+        self._attached("load_session()")
+        saved = session.read_session(path)
+        session.check_header(saved.header, self._session_settings())
+        self._check_room(len(saved.tokens))
+        self._restore_sequence(saved.state)
+        self._take_tokens(saved.tokens)
+        self._pinned_prefix = list(saved.header.get("pinned_prefix") or ())

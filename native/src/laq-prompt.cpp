@@ -1,0 +1,205 @@
+// Reading a prompt into cells that may be fewer than its tokens, and looking ahead from its end.
+
+#include "laq-prompt.h"
+
+#include "laq-cache.h"
+
+#include "ggml.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+static std::vector<float> last_logits(const laq_cache & laq) {
+    const float * logits = laq.ctx->get_logits_ith(-1);
+    if (!logits) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "the prompt's last token was decoded without logits, from which the lookahead starts");
+    }
+    return std::vector<float>(logits, logits + laq.ctx->get_model().vocab.n_tokens());
+}
+
+// decode tokens of one sequence behind what it has; logits of the last one
+static void decode(laq_cache & laq, int32_t seq_id, const llama_token * tokens, uint32_t n) {
+    const int32_t n_past = laq.n_tokens(seq_id);
+    llama_batch   batch  = llama_batch_init(n, 0, 1);
+    for (uint32_t i = 0; i < n; ++i) {
+        batch.token[i]     = tokens[i];
+        batch.pos[i]       = n_past + (int32_t) i;
+        batch.n_seq_id[i]  = 1;
+        batch.seq_id[i][0] = seq_id;
+        batch.logits[i]    = i + 1 == n;
+    }
+    batch.n_tokens = n;
+
+    const int32_t res = llama_decode(laq.ctx, batch);
+    llama_batch_free(batch);
+    if (res != 0) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED,
+                        "the lookahead was aborted or could not be decoded (llama_decode returned " +
+                            std::to_string(res) + ")");
+    }
+}
+
+// Decodes up to n_lookahead greedy tokens, as many as find cells. Ends early at an end-of-generation token, but not
+// before the first one: its query is worth more than none. Returns how many.
+static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float> logits) {
+    const llama_vocab & vocab = laq.ctx->get_model().vocab;
+    const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells() - laq.n_used());
+
+    const int64_t t0 = ggml_time_us();
+    uint32_t      i  = 0;
+    for (; i < n; ++i) {
+        const llama_token token = std::max_element(logits.begin(), logits.end()) - logits.begin();
+        if (i > 0 && vocab.is_eog(token)) {
+            break;
+        }
+        decode(laq, seq_id, &token, 1);
+        ++laq.stats.n_pseudo;
+        logits = last_logits(laq);
+    }
+    laq.stats.ms_lookahead += (ggml_time_us() - t0) / 1000.0;
+    return i;
+}
+
+static void forget_from(laq_cache & laq, int32_t seq_id, int32_t pos) {
+    // cells of tokens decoded ahead are gone after an eviction, and still there if something failed
+    laq.kv->seq_rm(seq_id, pos, -1);
+    laq.seqs[seq_id].ring.forget(pos);
+}
+
+//
+// a prompt that finds no cells
+//
+
+static void evict_by_probe(laq_cache & laq, int32_t seq_id, const llama_token * probe, const laq_chunk & plan) {
+    const int32_t n_past  = laq.n_tokens(seq_id);
+    const int32_t n_probe = plan.n_probe;
+
+    const auto stop = [&] {
+        laq.probing = false;
+        laq.scratch.forget(0);
+        forget_from(laq, seq_id, n_past);
+    };
+    laq.probing = true;
+    try {
+        const int64_t t0 = ggml_time_us();
+        for (int32_t i = 0, n; i < n_probe; i += n) {
+            n = std::min<int32_t>(n_probe - i, laq.ctx->n_batch());
+            decode(laq, seq_id, probe + i, n);
+        }
+        laq.stats.n_probe += n_probe;
+        const std::vector<float> logits = last_logits(laq);  // waits for them
+        laq.stats.ms_probe += (ggml_time_us() - t0) / 1000.0;
+
+        const int32_t  n_end    = n_past + n_probe + (int32_t) decode_ahead(laq, seq_id, logits);
+        const int32_t  n_window = laq_policy_window(laq.params);
+        const int32_t  n_intact = std::max(laq.seqs[seq_id].n_intact, n_past - n_window);
+        const auto     queries  = laq_policy_queries(laq.params, n_past + n_probe, n_end);
+        const uint32_t n_keep   = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
+        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, n_intact, n_past }); });
+    } catch (...) {
+        stop();
+        throw;
+    }
+    stop();
+}
+
+// the chunk that comes next, and its eviction
+static void make_room_for(laq_cache & laq, int32_t seq_id, const llama_token * tokens, uint32_t n_tokens,
+                          const laq_chunk & plan) {
+    if (plan.n_evict == 0) {
+        return;
+    }
+    if (plan.n_probe > 0) {
+        evict_by_probe(laq, seq_id, tokens + n_tokens - plan.n_probe, plan);
+    } else {
+        laq.run_update([&] { laq.evict_to(seq_id, laq.n_resident(seq_id) - plan.n_evict); });
+    }
+}
+
+uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens) {
+    const laq_params p    = laq.params_of(seq_id);
+    const auto       plan = [&] {
+        return laq_plan_chunk(&p, laq.n_cells(), laq.n_used(), laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
+    };
+    laq_chunk chunk = plan();
+    if (chunk.n_tokens == 0 && p.policy != LAQ_POLICY_FULL && laq.n_resident(seq_id) > p.n_kv_budget) {
+        // no cells for a probe: as if the tokens had been generated
+        laq.run_update([&] { laq.evict_to(seq_id, p.n_kv_budget); });
+        chunk = plan();
+    }
+    if (chunk.n_tokens == 0) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY,
+                        "no cells for the next tokens of the prompt: " + std::to_string(laq.n_used()) + " of " +
+                            std::to_string(laq.n_cells()) + " are in use, kv_budget = " +
+                            std::to_string(p.n_kv_budget) + ": raise kv_staging or lower kv_budget or probe_size");
+    }
+    laq.seqs[seq_id].pending.reset();
+    make_room_for(laq, seq_id, tokens, n_tokens, chunk);
+    return chunk.n_tokens;
+}
+
+//
+// the end of a prompt
+//
+
+// The paper's draft: the pseudo tokens are generated from a cache that SnapKV has cut, then the full one comes back.
+// Their own keys go with the small cache: the softmax that scores then runs over the prompt's keys alone.
+static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits) {
+    std::vector<uint8_t> full(laq.ctx->state_seq_get_size(seq_id, 0));
+    if (laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) != full.size()) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "draft = snapkv: the full cache could not be set aside in host memory");
+    }
+    const uint32_t n_evictions = laq.stats.n_evictions;  // what is put back was not evicted
+    const auto     put_back    = [&] {
+        laq.stats.n_evictions = n_evictions;
+
+        laq.keep_rings = true;  // the queries of the pseudo tokens are what all this is for
+        const size_t n = laq.ctx->state_seq_set_data(seq_id, full.data(), full.size(), 0);
+        laq.keep_rings = false;
+        if (n != full.size()) {
+            throw laq_error(LAQ_STATUS_INTERNAL, "draft = snapkv: the full cache could not be put back");
+        }
+    };
+    const int32_t policy = laq.params.policy;
+    uint32_t      n      = 0;
+    try {
+        laq.params.policy = LAQ_POLICY_SNAPKV;
+        laq.run_update([&] { laq.evict_to(seq_id, laq.params.n_kv_budget); });
+        laq.params.policy = policy;
+        n                 = decode_ahead(laq, seq_id, logits);
+    } catch (...) {
+        laq.params.policy = policy;
+        put_back();
+        throw;
+    }
+    put_back();
+    return n;
+}
+
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
+    const int32_t            n_prompt = laq.n_tokens(seq_id);
+    const std::vector<float> logits   = last_logits(laq);
+
+    const auto restore = [&] {
+        forget_from(laq, seq_id, n_prompt);
+        if (float * dst = laq.ctx->get_logits_ith(-1)) {
+            std::copy(logits.begin(), logits.end(), dst);
+        }
+    };
+    try {
+        const uint32_t n_ahead = laq.params.draft == LAQ_DRAFT_SNAPKV ? decode_ahead_from_snapkv(laq, seq_id, logits)
+                                                                      : decode_ahead(laq, seq_id, logits);
+
+        const int32_t n_intact = n_prompt - (int32_t) laq_policy_window(laq.params);
+        const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
+        laq.run_update([&] {
+            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, std::max(laq.seqs[seq_id].n_intact, n_intact),
+                        n_prompt });
+        });
+    } catch (...) {
+        restore();
+        throw;
+    }
+    restore();
+}

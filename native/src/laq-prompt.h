@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstdint>
+
+struct laq_cache;
+
+// laq_prompt_next(): makes room for the next tokens of a prompt and returns how many to decode. Throws laq_error; the
+// cache then holds what it held.
+uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens);
+
+// The paper's lookahead pass (arXiv 2505.20334, section 3): decode n_lookahead greedy tokens, evict by their queries,
+// drop them, and put the prompt's last logits back. Throws laq_error; the cache then holds the whole prompt still.
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id);
