@@ -75,6 +75,10 @@ class Native:
         text = self.ffi.string(self.lib.laq_build_info()).decode("utf-8")
         return dict(pair.partition("=")[::2] for pair in text.split())
 
+    def last_error(self) -> str:
+        """`laq_last_error()` of this thread."""
+        return self.ffi.string(self.lib.laq_last_error()).decode("utf-8", "replace")
+
     def check(self, function: str, status: int) -> None:
         """Raise for a `laq_status` other than OK.
 
@@ -82,7 +86,7 @@ class Native:
             LaqNativeError: with the message of `laq_last_error()`.
         """
         if status != self.lib.LAQ_STATUS_OK:
-            message = self.ffi.string(self.lib.laq_last_error()).decode("utf-8", "replace")
+            message = self.last_error()
             name = self.ffi.string(self.lib.laq_status_str(status)).decode("utf-8", "replace")
             raise native_error(function, status, name, message)
 

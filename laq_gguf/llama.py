@@ -310,10 +310,10 @@ class Llama(StateMixin, llama_cpp.Llama):
             status = str(error).removeprefix("llama_decode returned ")
             if self._laq is None or not status.lstrip("-").isdigit():
                 raise
-            stats = self.kv_stats()
+            stats, why = self.kv_stats(), native.last_error() or "nothing can be evicted"
             reason = {
                 "1": f"no cells for {len(tokens)} tokens: {stats.n_resident} of {stats.n_cells} "
-                "are in use; raise kv_staging or lower kv_budget",
+                f"are in use, and {why}; raise kv_staging or lower kv_budget",
                 "2": "it was aborted by the abort callback",
             }.get(status, "llama.cpp failed; its log says why")
             raise LaqNativeError(f"llama_decode returned {status}: {reason}", 4) from error

@@ -55,7 +55,7 @@ class StateMixin:
     def _set_sequence(self: Any, data: bytes) -> bool:
         source = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         read = llama_cpp.llama_state_seq_set_data(self._ctx.ctx, source, len(data), SEQ_ID)
-        return read == len(data)
+        return 0 < read == len(data)  # 0 = nothing could be read
 
     def save_state(self: Any) -> llama_cpp.LlamaState:
         """Tokens, KV cache and what the eviction knows, for `load_state`.

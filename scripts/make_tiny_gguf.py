@@ -7,7 +7,8 @@ something. The same arguments give the same tensors on every machine.
 
     python scripts/make_tiny_gguf.py OUT.gguf --kind llama --set n_head=8 --set n_head_kv=2
 
-Kinds: llama (what can be evicted), and for the refusals bert (encoder only), mamba (recurrent
+Kinds: llama (what can be evicted), longrope (the same with RoPE factors for short and for long
+contexts), and for the refusals bert (encoder only), mamba (recurrent
 only), mpt (ALiBi) and gemma3 (sliding windows, with Q/K norms).
 """
 
@@ -176,6 +177,17 @@ def _llama(writer: gguf.GGUFWriter, model: TinyModel, n_vocab: int) -> None:
         tensors.feed_forward(il)
 
 
+def _longrope(writer: gguf.GGUFWriter, model: TinyModel, n_vocab: int) -> None:
+    """A llama that turns slower in contexts longer than a quarter of what it was trained for."""
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(model.n_ctx_train // 4)
+    factors = _Tensors(writer, model)
+    n = model.n_embd_head // 2
+    factors.fill(gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, n, value=4.0)
+    factors.fill(gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT, n, value=1.0)
+    _llama(writer, model, n_vocab)
+
+
 def _gemma3(writer: gguf.GGUFWriter, model: TinyModel, n_vocab: int) -> None:
     t = gguf.MODEL_TENSOR
     _add_attention_keys(writer, model)
@@ -269,10 +281,12 @@ def _mamba(writer: gguf.GGUFWriter, model: TinyModel, n_vocab: int) -> None:
 class _Kind:
     add: Callable[[gguf.GGUFWriter, TinyModel, int], None]
     defaults: dict[str, int]
+    arch: str | None = None  # where it is not the name
 
 
 KINDS: dict[str, _Kind] = {
     "llama": _Kind(_llama, {}),
+    "longrope": _Kind(_longrope, {}, "llama"),
     "gemma3": _Kind(_gemma3, {}),
     "mpt": _Kind(_mpt, {"n_head": 2, "n_embd_head": 32}),
     "bert": _Kind(_bert, {"n_head": 2, "n_embd_head": 32, "n_ctx_train": 512}),
@@ -300,7 +314,7 @@ def make(path: str | Path, kind: str = "llama", **params: int | float) -> Path:
         )
     model = TinyModel(**{**KINDS[kind].defaults, **params})
     path = Path(path)
-    writer = gguf.GGUFWriter(path, arch=kind)
+    writer = gguf.GGUFWriter(path, arch=KINDS[kind].arch or kind)
     writer.add_name(f"tiny random {kind}")
     writer.add_context_length(model.n_ctx_train)
     writer.add_embedding_length(model.n_embd)

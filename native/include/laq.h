@@ -178,7 +178,8 @@ enum laq_status laq_prompt_end(struct laq_cache * laq, int32_t seq_id);
 enum laq_status laq_flush(struct laq_cache * laq, int32_t seq_id);
 
 // Evict a sequence down to n_keep tokens now, scored by the queries of its last n_lookahead tokens; other sequences stay
-// as they are. llama_decode() does the same down to the budget when it finds no cells.
+// as they are. llama_decode() does the same down to the budget when it finds no cells; where that fails it returns 1 and
+// laq_last_error() says why ("": nothing more can be evicted).
 enum laq_status laq_evict(struct laq_cache * laq, int32_t seq_id, uint32_t n_keep);
 
 enum laq_status laq_get_stats(const struct laq_cache * laq, int32_t seq_id, struct laq_stats * stats);

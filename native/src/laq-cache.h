@@ -72,6 +72,7 @@ struct laq_seq {
 // the part of a saved state that is ours, of one sequence
 struct laq_saved {
     int32_t                           seq_id;
+    uint32_t                          n_resident;
     int32_t                           n_intact;
     std::optional<laq_pending>        pending;
     std::vector<int32_t>              ring_pos;

@@ -1,5 +1,6 @@
 // What llama.cpp calls, see laq-hooks.h.
 
+#include "laq-api.h"
 #include "laq-cache.h"
 
 #include "ggml-backend.h"
@@ -89,6 +90,8 @@ uint32_t laq_kv_pad(const laq_cache & laq) {
 
 void laq_kv_no_slot(laq_cache & laq, uint32_t n_tokens) {
     laq.n_wanted = n_tokens;
+    // llama_decode() will only say that there are no cells: the reason is found here
+    laq_set_last_error("");
 }
 
 bool laq_kv_has_update(laq_cache & laq, bool optimize) {
@@ -131,6 +134,7 @@ bool laq_kv_update(laq_cache & laq) {
     laq.n_wanted = 0;
     if (laq.status != LAQ_STATUS_OK) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, laq.error.c_str());
+        laq_set_last_error(laq.error);
     }
     return laq.status == LAQ_STATUS_OK;
 }

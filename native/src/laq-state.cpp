@@ -87,9 +87,9 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
     throw std::runtime_error("this state does not fit the context: " + what);
 }
 
-static void read_origin(const laq_cache & laq, llama_io_read_i & io, laq_saved & saved, uint32_t n_resident) {
+static void read_origin(const laq_cache & laq, llama_io_read_i & io, laq_saved & saved) {
     const uint32_t n_mixed = get<uint32_t>(io);
-    if (n_mixed > n_resident) {
+    if (n_mixed > saved.n_resident) {
         refuse("it is damaged");
     }
     for (const laq_layer & layer : laq.layers) {
@@ -152,9 +152,9 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         laq_saved & s = saved.emplace_back();
         s.seq_id      = seq_id < 0 ? (int32_t) i : seq_id;
 
-        const uint32_t n_resident = get<uint32_t>(io);
-        if (n_resident > laq.n_cells()) {
-            refuse(std::to_string(n_resident) + " cells, but there are " + std::to_string(laq.n_cells()) +
+        s.n_resident = get<uint32_t>(io);
+        if (s.n_resident > laq.n_cells()) {
+            refuse(std::to_string(s.n_resident) + " cells, but there are " + std::to_string(laq.n_cells()) +
                    ": raise kv_budget or kv_staging");
         }
         s.n_intact = get<int32_t>(io);
@@ -163,7 +163,7 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         if (n_prompt >= 0) {
             s.pending = laq_pending{ n_prompt };
         }
-        read_origin(laq, io, s, n_resident);
+        read_origin(laq, io, s);
         read_ring(laq, io, s);
     }
     laq.saved = std::move(saved);
@@ -171,6 +171,9 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
 
 void laq_kv_state_done(laq_cache & laq) {
     for (laq_saved & saved : laq.saved) {
+        if (saved.n_resident == 0) {
+            laq.kv->seq_rm(saved.seq_id, -1, -1);  // upstream leaves what was there where no cells were saved
+        }
         laq_seq & seq = laq.seqs[saved.seq_id];
         seq.n_intact  = saved.n_intact;
         seq.pending   = saved.pending;

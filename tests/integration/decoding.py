@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import random
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+TINY_BYTES = 2**22
+
 
 def open_llama(path: Path, **kwargs: Any) -> Any:
     """`laq_gguf.Llama`, quiet, with room for 1,024 tokens unless told otherwise."""
     from laq_gguf import Llama
 
-    return Llama(str(path), **{"n_ctx": 1024, "n_batch": 256, "verbose": False, **kwargs})
+    settings = {"n_ctx": 1024, "n_batch": 256, "verbose": False}
+    if os.stat(path).st_size < TINY_BYTES:
+        # many small graphs on a busy machine mostly wait at barriers
+        settings |= {"n_threads": 1, "n_threads_batch": 1}
+    return Llama(str(path), **{**settings, **kwargs})
 
 
 def tokens_of(n_tokens: int, seed: int = 0) -> list[int]:

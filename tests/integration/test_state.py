@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.decoding import greedy, open_llama, tokens_of
+from integration.decoding import Reads, greedy, open_llama, tokens_of
 from laq_gguf.errors import LaqStateError
 
 #: name -> (prompt tokens, tokens taken before saving, settings)
@@ -94,16 +94,21 @@ def test_state_of_another_shape_is_refused(tiny_gguf: Callable[..., Path]) -> No
         all_logits.load_state(state)
 
 
-def test_llama_cpp_prompt_cache(tiny_gguf: Callable[..., Path]) -> None:
-    from llama_cpp import LlamaRAMCache
+@pytest.mark.parametrize("name", ["LlamaRAMCache", "LlamaDiskCache"])
+def test_llama_cpp_prompt_cache(tiny_gguf: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    import llama_cpp
 
-    llm = open_llama(tiny_gguf("llama"), kv_budget=64, lookahead="pseudo")
-    llm.set_cache(LlamaRAMCache())
-    prompt, other = tokens_of(300), tokens_of(300, seed=3)
+    cls = getattr(llama_cpp, name)
+    llm = open_llama(tiny_gguf("llama"), kv_budget=64, kv_staging=192, lookahead="pseudo")
+    llm.set_cache(cls() if name == "LlamaRAMCache" else cls(cache_dir=str(tmp_path)))
+    prompt, other = tokens_of(600), tokens_of(600, seed=3)
     settings = {"max_tokens": 12, "temperature": 0.0}
     first = llm.create_completion(prompt, **settings)["choices"][0]["text"]
     llm.create_completion(other, **settings)
-    assert len(first) > 0
+    llm.progress = reads = Reads()
+    # the prompt's last token is decoded again, on the evicted cache
     again = llm.create_completion(prompt, **settings)["choices"][0]["text"]
     assert llm.create_completion(prompt, **settings)["choices"][0]["text"] == again
-    assert llm.n_tokens >= 300
+    assert len(first) > 0 and again[:3] == first[:3]
+    assert reads.totals == [], "it came from the cache"
+    assert llm.n_tokens >= 600
