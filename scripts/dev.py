@@ -5,7 +5,7 @@
     python3 scripts/dev.py test [ARG...]   all tests; with arguments, pytest gets those
     python3 scripts/dev.py lint            ruff, clang-format, the patch series
     python3 scripts/dev.py fix             format what lint looks at
-    python3 scripts/dev.py ci              lint, build, test
+    python3 scripts/dev.py ci              lint, build, test, property tests with sanitizers
 
 Each makes what it needs: .venv, build/, the model (see scripts/get_model.py), and makes nothing
 twice. Needs Python, a C++ compiler, git and the package registry; ccache is used if it is there.
@@ -34,10 +34,15 @@ BUILD = ROOT / "build"
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+#: not `python -m pytest`: the tests must see the installed package, not the folder
+PYTEST = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
 BUILT_FROM = ("laq_gguf", "native", "patches", "tests/native", "pyproject.toml")
 MIN_CMAKE = (3, 21)
 #: llama-cpp-python without its own llama.cpp: ours takes its place
 BINDING_ONLY = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+
+SANITIZERS = "address,undefined"
+OPTIMIZE, CHECKED = "-O2", "-D_GLIBCXX_ASSERTIONS"
 
 DEMO_BUDGET, DEMO_ANSWER, DEMO_CELLS = 224, 24, 256
 DEMO_MIN_TOKENS = 3000
@@ -200,20 +205,25 @@ def build_package() -> None:
     stamp.write()
 
 
-def build_plain() -> Path:
-    """Build the unpatched llama.cpp with the same options; the folder of its libraries."""
+def build_tree(name: str, *defines: str, target: str = "all") -> Path:
+    """Build native/ in build/`name` with CMake definitions; the folder of its libraries."""
     ensure_venv()
-    folder = BUILD / "plain"
+    folder = BUILD / name
     cache = folder / "CMakeCache.txt"
     home = f"CMAKE_HOME_DIRECTORY:INTERNAL={(ROOT / 'native').as_posix()}\n"
     if cache.exists() and home not in cache.read_text(encoding="utf-8"):
         shutil.rmtree(folder)
-    defines = ["CMAKE_BUILD_TYPE=Release", "LAQ_PLAIN=ON", "LAQ_MTMD=OFF", *launchers()]
+    defines = ("CMAKE_BUILD_TYPE=Release", "LAQ_MTMD=OFF", *defines, *launchers())
     options = [f"-D{define}" for define in defines] + [f"-DPython3_EXECUTABLE={PYTHON}"]
     options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     run("cmake", "-S", ROOT / "native", "-B", folder, "-G", "Ninja", *options)
-    run("cmake", "--build", folder)
+    run("cmake", "--build", folder, "--target", target)
     return folder / "bin"
+
+
+def build_plain() -> Path:
+    """Build the unpatched llama.cpp with the same options; the folder of its libraries."""
+    return build_tree("plain", "LAQ_PLAIN=ON")
 
 
 def get_model() -> Path:
@@ -240,10 +250,47 @@ def test(arguments: list[str]) -> None:
     env = venv_env(LAQ_PLAIN_LIB=str(build_plain()), LAQ_MODEL_SMOLLM2=str(get_model()))
     if not arguments:
         run("ctest", "--test-dir", BUILD / "laq", "--output-on-failure", "--no-tests=error")
-    # not `python -m pytest`: the tests must see the installed package, not the folder
-    pytest = BIN / ("pytest.exe" if os.name == "nt" else "pytest")
     floor = (ROOT / "tests" / "floor.txt").read_text(encoding="utf-8").strip()
-    run(pytest, *(arguments or ["tests", "--min-executed", floor]), env=env)
+    run(PYTEST, *(arguments or ["tests", "--min-executed", floor]), env=env)
+
+
+def test_sanitized() -> None:
+    """Run the property tests again, on a build that notices errors of memory and arithmetic.
+
+    Raises:
+        DevError: a test failed; with what the sanitizers reported.
+    """
+    cache = (BUILD / "laq" / "CMakeCache.txt").read_text(encoding="utf-8")
+    if sys.platform != "linux" or "LAQ_HAVE_SANITIZERS:INTERNAL=1" not in cache:
+        print("skipped: the property tests with sanitizers, which take Linux and a compiler's own")
+        return
+    # llama.cpp's own asserts and checked vectors as well: our sources use its tables
+    flags = [f"CMAKE_C_FLAGS_RELEASE={OPTIMIZE}", f"CMAKE_CXX_FLAGS_RELEASE={OPTIMIZE} {CHECKED}"]
+    folder = build_tree("sanitized", f"LAQ_SANITIZE={SANITIZERS}", *flags, target="llama")
+    # python is not instrumented: the runtime, and the library whose exceptions it follows, go first
+    needed = re.findall(
+        r"^\s*(\S+) => (/\S+)", capture("ldd", folder / "libllama.so"), re.MULTILINE
+    )
+    runtime = [path for name, path in needed if "asan" in name]
+    if not runtime:
+        print("skipped: the property tests with sanitizers, whose runtime clang links statically")
+        return
+    runtime += [path for name, path in needed if name.startswith("libstdc++")]
+    # the report goes to a file: pytest and llama_cpp redirect stderr
+    report = folder.parent / "report"
+    for old in report.parent.glob("report.*"):
+        old.unlink()
+    env = venv_env(
+        LD_PRELOAD=":".join(runtime),
+        LAQ_LIB_PATH=str(folder),
+        ASAN_OPTIONS=f"detect_leaks=0:detect_stack_use_after_return=1:handle_abort=1:log_path={report}",
+        UBSAN_OPTIONS=f"print_stacktrace=1:log_path={report}",
+    )
+    try:
+        run(PYTEST, "tests/property", "-p", "no:faulthandler", env=env)
+    except DevError as error:
+        found = [path.read_text(errors="replace") for path in report.parent.glob("report.*")]
+        raise DevError("\n".join([str(error), *found])) from error
 
 
 def native_sources() -> list[Path]:
@@ -318,6 +365,7 @@ def ci() -> None:
     lint()
     build()
     test([])
+    test_sanitized()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -330,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
     commands.add_parser("lint", help="ruff, clang-format, the patch series")
     commands.add_parser("fix", help="format what lint looks at")
-    commands.add_parser("ci", help="lint, build, test")
+    commands.add_parser("ci", help="lint, build, test, property tests with sanitizers")
     args = parser.parse_args(argv)
     steps = {"demo": demo, "build": build, "lint": lint, "fix": fix, "ci": ci}
     begin = time.monotonic()

@@ -167,7 +167,8 @@ uint32_t laq_cache::n_used() const {
 }
 
 int32_t laq_cache::n_tokens(int32_t seq_id) const {
-    return cells().seq_pos_max(seq_id) + 1;
+    // where the intact suffix was removed and no other token is held, its beginning is where tokens go on
+    return std::max(cells().seq_pos_max(seq_id) + 1, seqs[seq_id].n_intact);
 }
 
 std::vector<uint32_t> laq_cache::resident(int32_t seq_id) const {

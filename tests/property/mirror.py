@@ -1,0 +1,370 @@
+"""A Llama and its numpy model side by side: each call that changes the cache is made on both.
+
+The model is the reference's KVCache under a llama in numpy. It sees the keys and queries that the
+context holds (compared with its own where they are new, bit by bit ever after) and selects by the
+scores that native computed (compared with its own), so that what stays has to be the same exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from laq_gguf.reference import KVCache, PolicyParams, Tokens
+from parity.numpy_llama import NumpyLlama
+from parity.test_evict import Inspector
+from tolerances import assert_equal, assert_nmse
+
+EOS = 2  # of the tiny models
+FloatArray = npt.NDArray[np.float32]
+
+#: counters that stay what they were when the context was made
+CONSTANT = ("n_cells", "n_ctx", "kv_bytes", "kv_bytes_full", "ring_bytes", "compute_bytes")
+
+numpy_llama = functools.cache(NumpyLlama)
+
+
+def n_always(params: PolicyParams) -> int:
+    """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
+    fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
+    return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)
+
+
+class NativeCache(KVCache):
+    """The reference's cache with what native has less: it keeps the queries of few tokens.
+
+    Attributes:
+        given: native's scores of the eviction that comes, (n_head_kv, n_kv) a layer; [] = native
+            has not evicted; None = the model's own are used.
+        tolerance: NMSE of them; None = not compared.
+        made: the tokens of the last `append`.
+    """
+
+    def __init__(self, params: PolicyParams, n_ring: int | None, **settings: Any) -> None:
+        """n_ring: queries kept; None = all. The others are those of KVCache."""
+        self.n_ring, self.n_evictions = n_ring, 0
+        self.given: list[FloatArray] | None = []
+        self.tolerance: float | None = None
+        super().__init__(params, **settings)
+
+    def fork(self) -> NativeCache:
+        """A copy that takes any number of tokens."""
+        fork = copy.deepcopy(self)
+        fork.n_cells, fork.n_ring, fork.pending = None, None, False
+        return fork
+
+    def append(self, tokens: Tokens) -> None:
+        self.made = tokens
+        super().append(tokens)
+
+    def clear(self) -> None:
+        n_evictions = self.n_evictions
+        super().clear()
+        self.n_evictions = n_evictions
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        super().restore({**snapshot, "n_evictions": self.n_evictions})
+
+    def remove(self, p0: int, p1: int = -1) -> bool:
+        n_end = self.n_tokens if p1 < 0 else min(p1, self.n_tokens)
+        done = super().remove(p0, p1)
+        if done and p0 < n_end:
+            self._keep_queries(self.query_positions < p0)
+        return done
+
+    def evict(self, n_keep: int) -> None:
+        if n_keep < n_always(self.params):
+            raise ValueError(f"{n_always(self.params)} tokens are always kept, not {n_keep}")
+        super().evict(n_keep)
+
+    def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
+        before, n_ring = (self.query_positions, self.queries), self.n_ring
+        self.n_ring = None
+        try:
+            super().make_room(n_evict, probe, n_probe)
+        finally:
+            self.n_ring = n_ring
+            if probe is not None:  # its queries are kept apart
+                self.query_positions, self.queries = before
+
+    def _append_queries(self, tokens: Tokens) -> None:
+        super()._append_queries(tokens)
+        if self.n_ring is not None:
+            newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
+            self._keep_queries(np.isin(self.query_positions, list(newest.values())))
+
+    def _evict(self, n_keep: int, n_intact: int, queries: tuple[int, int], n_end: int) -> None:
+        where = self.query_positions
+        if self.params.needs_queries and not ((where >= queries[0]) & (where < queries[1])).any():
+            raise ValueError(f"no query of {queries} is left to score with")
+        super()._evict(n_keep, n_intact, queries, n_end)
+
+    def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
+        own = super()._score_layer(il, used)
+        if self.given is None:
+            return own
+        assert self.given, "the model evicts and native has not"
+        assert self.given[il].shape == own.shape, f"{self.given[il].shape} scores, not {own.shape}"
+        # where heads hold different tokens native's mask has one position for all of them
+        is_mixed = self.query_positions[used].min() < self.n_intact
+        if self.tolerance is not None and not is_mixed:
+            assert_nmse(self.given[il], own, self.tolerance, f"scores of layer {il}")
+        return self.given[il]
+
+
+class Mirror:
+    """Follows a Llama from its construction on; whatever is called on it, the model does the same.
+
+    Attributes:
+        cache: the model's.
+        logits: the model's, of the last token; None where that was not the last one decoded.
+        refused: whether the last call was refused, by both.
+    """
+
+    def __init__(
+        self, llm: Any, native: Any, path: Path, params: PolicyParams, tolerance: float | None
+    ) -> None:
+        """
+        Args:
+            llm: a Llama with kv_budget, made with LAQ_DEBUG set, just made.
+            native: the library.
+            path: of its model.
+            params: the same settings for the reference.
+            tolerance: NMSE of keys, queries, logits and scores; None: K is stored in blocks, which
+                the model in numpy knows nothing of, and only compared with itself.
+        """
+        self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
+        self.inspector, self.eos = Inspector(llm, native), EOS
+        self.cache = NativeCache(
+            params,
+            max(params.window_size, params.snapkv_window) + params.lookahead_size,
+            n_cells=llm.kv_stats().n_cells,
+            n_batch=llm.n_batch,
+            **self.model.shape,
+        )
+        self.before = self.after = self.first = llm.kv_stats()
+        self.logits: npt.NDArray[np.float64] | None = None
+        self.n_decoded, self.refused = 0, False
+        self._call = {}
+        for owner, name in (
+            (llm._ctx, "decode"),
+            (llm._ctx, "kv_cache_seq_rm"),
+            (llm._ctx, "kv_cache_clear"),
+            (llm._laq, "prompt_next"),
+            (llm._laq, "prompt_end"),
+            (llm._laq, "flush"),
+            (llm._laq, "set_pinned"),
+        ):
+            self._call[name] = getattr(owner, name)
+            setattr(owner, name, getattr(self, name))
+
+    def _both(self, native: Callable[[], Any], model: Callable[[Any], None]) -> Any:
+        """Call native, then the model with its result; both or none may refuse."""
+        self.before = self.llm.kv_stats()
+        result, error, refusal = None, None, None
+        try:
+            result = native()
+        except RuntimeError as raised:
+            error = raised
+        self.after = self.llm.kv_stats()
+        evicted = self.after.n_evictions > self.before.n_evictions
+        scored = evicted and self.cache.params.needs_queries
+        layers = range(self.cache.n_layer if scored else 0)
+        self.cache.given = [self.inspector.scores(il) for il in layers]
+        self.cache.tolerance = self.tolerance
+        try:
+            model(result)
+        except ValueError as raised:
+            refusal = raised
+        assert (error is None) == (refusal is None), (
+            f"native: {error or 'done'}; the model: {refusal or 'done'}"
+        )
+        self.check()
+        if error is not None:
+            self.refused = True
+            raise error
+        return result
+
+    # what the Llama calls
+
+    def decode(self, batch: Any) -> None:
+        raw = batch.batch
+        tokens = [raw.token[i] for i in range(raw.n_tokens)]
+
+        def model(_: Any) -> None:
+            if raw.pos[0] != self.cache.n_tokens:
+                raise ValueError("the batch does not go on after the last position")
+            try:
+                self.cache.prepare(len(tokens))
+            except ValueError:
+                if self.after.n_evictions > self.before.n_evictions:
+                    self.cache.flush()  # what waits comes first, whether there is room or not
+                raise
+            self.logits = self.model.forward(tokens, self.cache)
+            self.n_decoded += len(tokens)
+            self._adopt(len(tokens))
+
+        self._both(lambda: self._call["decode"](batch), model)
+
+    def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
+        def model(n_chunk: int | None) -> None:
+            cache, n_left = self.cache, len(tokens)
+            if n_left == 0 or cache.n_tokens + n_left > self.first.n_ctx:
+                raise ValueError("no tokens, or too many")
+            plan = cache.plan(n_left)
+            if plan.n_tokens == 0 and cache.n_over:
+                cache.overflow()
+                plan = cache.plan(n_left)
+            if plan.n_tokens == 0:
+                raise ValueError("no cells")
+            assert n_chunk in (None, plan.n_tokens), f"reads {n_chunk} tokens on, not {plan}"
+            probe, n_probe = None, self.after.n_probe - self.before.n_probe
+            if plan.n_evict and cache.params.needs_lookahead:
+                assert n_probe == plan.n_probe
+                probe = self._probe(tokens[n_left - n_probe :])
+                self.logits = None
+            cache.make_room(plan.n_evict, probe, n_probe)
+
+        return self._both(lambda: self._call["prompt_next"](tokens), model)
+
+    def prompt_end(self) -> None:
+        cache, params = self.cache, self.cache.params
+        looks_ahead = params.needs_lookahead and params.lookahead == "pseudo" and cache.n_over > 0
+        logits = self.inspector.logits() if looks_ahead else None
+
+        def model(_: Any) -> None:
+            cache.prompt_end(self._pseudo() if looks_ahead else None)
+
+        self._both(self._call["prompt_end"], model)
+        if logits is not None:
+            assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
+
+    def flush(self) -> None:
+        self._both(self._call["flush"], lambda _: self.cache.flush())
+
+    def evict(self, n_keep: int) -> None:
+        """laq_evict, which the Llama does not call by itself."""
+        self._both(
+            lambda: self.llm._laq._call("laq_evict", n_keep), lambda _: self.cache.evict(n_keep)
+        )
+
+    def set_pinned(self, spans: list[tuple[int, int]]) -> None:
+        def model(_: Any) -> None:
+            params = replace(self.cache.params, pinned=tuple(spans))
+            if params.policy != "full" and n_always(params) > params.budget:
+                raise ValueError("more is pinned than the budget holds")
+            self.cache.params = params
+
+        self._both(lambda: self._call["set_pinned"](spans), model)
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        if max(p0, 0) < self.cache.n_tokens:
+            self.logits = None
+        done = self._call["kv_cache_seq_rm"](seq_id, p0, p1)
+        assert done == self.cache.remove(p0, p1), f"native: {done}, the model says otherwise"
+        self.check()
+        return done
+
+    def kv_cache_clear(self) -> None:
+        self._call["kv_cache_clear"]()
+        self.cache.clear()
+        self.logits = None
+        self.check()
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """A state was loaded: what the model was then."""
+        self.cache.restore(snapshot)
+        self.logits = None
+        self.check()
+
+    # what comes ahead of a prompt's end
+
+    def _forward(self, tokens: Any, fork: NativeCache, made: list[Tokens]) -> Any:
+        logits = self.model.forward(tokens, fork)
+        made.append(fork.made)
+        return logits
+
+    def _probe(self, tokens: npt.NDArray[np.int32]) -> Tokens:
+        fork, made = self.cache.fork(), []
+        n_free = self.cache.n_free - len(tokens)
+        return self._ahead(fork, self._forward(tokens, fork, made), n_free, made)
+
+    def _pseudo(self) -> Tokens:
+        if self.cache.params.draft == "full":
+            return self._ahead(self.cache.fork(), self.logits, self.cache.n_free, [])
+        # which tokens SnapKV keeps is decided by the model's own scores: near a tie others stay,
+        # and other pseudo tokens come
+        given, self.cache.given, self.cache.tolerance = self.cache.given, None, None
+        try:
+            drafted = self.cache.draft()
+        finally:
+            self.cache.given = given
+        return self._ahead(drafted.fork(), self.logits, drafted.n_free, [])
+
+    def _ahead(self, fork: NativeCache, logits: Any, n_free: int, made: list[Tokens]) -> Tokens:
+        """`made` and the greedy tokens that follow, as many as native decoded. Where two tokens are
+        nearly as good, native may have taken the other one: then the scores are not compared.
+        """
+        n_made = self.after.n_pseudo - self.before.n_pseudo
+        for i in range(max(n_made, 1)):  # the reference wants one even where none finds a cell
+            token = self._greedy(logits)
+            assert i == 0 or token != self.eos or self.cache.tolerance is None
+            logits = self._forward([token], fork, made)
+        n_most = min(self.cache.params.lookahead_size, n_free)
+        if n_made < n_most:
+            assert self._greedy(logits) == self.eos or self.cache.tolerance is None
+        assert n_made <= n_most
+        parts = ("k", "v", "q")
+        return Tokens(*(np.concatenate([getattr(t, c) for t in made], axis=1) for c in parts))
+
+    def _greedy(self, logits: Any) -> int:
+        second, first = np.sort(logits)[-2:]
+        if self.tolerance is None or first - second < 3 * self.tolerance**0.5 * logits.std():
+            self.cache.tolerance = None
+        return int(logits.argmax())
+
+    # comparing
+
+    def _adopt(self, n_new: int) -> None:
+        """Compare new keys, queries and logits with the model's, and go on with native's."""
+        cache, made = self.cache, self.cache.made
+        if self.tolerance is not None:
+            assert_nmse(self.inspector.logits(), self.logits, self.tolerance, "logits")
+        for il, layer in enumerate(cache.layers):
+            keys = self.inspector.keys(il)[-n_new:]
+            where, queries = self.inspector.queries(il)
+            assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
+            is_new = where >= cache.n_tokens - n_new
+            if self.tolerance is not None:
+                assert_nmse(keys, made.k[il], self.tolerance, f"new keys of layer {il}")
+                own = cache.queries[il][is_new]
+                assert_nmse(queries[is_new], own, self.tolerance, f"new queries of layer {il}")
+            layer.k[:, -n_new:] = keys.swapaxes(0, 1)
+            cache.queries[il][is_new] = queries[is_new]
+
+    def check(self) -> None:
+        """What native holds is what the model holds."""
+        stats, cache = self.llm.kv_stats(), self.cache
+        for name in ("n_tokens", "n_resident", "n_intact", "pending", "n_evictions"):
+            actual, expected = getattr(stats, name), getattr(cache, name)
+            assert actual == expected, f"{name}: {actual}, the model's is {expected}"
+        for name in CONSTANT:
+            actual, expected = getattr(stats, name), getattr(self.first, name)
+            assert actual == expected, f"{name}: {actual}, it was {expected}"
+        assert stats.n_resident <= stats.n_cells
+        assert stats.n_decoded - stats.n_probe - stats.n_pseudo == self.n_decoded
+        assert_equal(self.llm.kept_positions(), cache.positions, "resident positions")
+        for il, layer in enumerate(cache.layers):
+            keys = self.inspector.keys(il).swapaxes(0, 1)
+            assert_equal(keys.view(np.uint32), layer.k.view(np.uint32), f"keys of layer {il}")
+            where, queries = self.inspector.queries(il)
+            assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
+            own = np.ascontiguousarray(cache.queries[il])
+            assert_equal(queries.view(np.uint32), own.view(np.uint32), f"queries of layer {il}")

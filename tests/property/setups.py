@@ -1,0 +1,112 @@
+"""Caches that the property tests drive: every policy and lookahead, roomy and tight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cases
+from laq_gguf.reference import PolicyParams
+from parity.rows import ggml_type
+from tolerances import logits_nmse
+
+N_CTX = 1024
+SEED = 11
+SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "n_embd_head": 32, "n_embd": 32, "n_ff": 32}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A Llama and the PolicyParams of its model.
+
+    Attributes:
+        name: of the test.
+        policy: of both.
+        budget, staging: cells; 256 is the least there can be.
+        cache_type: of K and V.
+        rules: settings that both have, under one name.
+        context: settings of the Llama alone.
+    """
+
+    name: str
+    policy: str
+    budget: int = 96
+    staging: int = 160
+    cache_type: str = "f16"
+    rules: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def params(self) -> PolicyParams:
+        return PolicyParams(self.budget, policy=self.policy, seed=SEED, **self.rules)
+
+    @property
+    def tolerance(self) -> float | None:
+        """NMSE of keys, logits and scores; None: K is rotated and stored in blocks."""
+        if self.cache_type in cases.BLOCK_TYPES:
+            return None
+        flash_attn = self.context.get("flash_attn", True)
+        # 10: the worst of 100,000 tokens, 1.1e-5 with FlashAttention and 8e-11 with F32 without it
+        return 10 * logits_nmse(self.cache_type, self.cache_type, flash_attn)
+
+    def open(self, path: Path, **changes: Any) -> Any:
+        """The Llama; `changes` override its settings."""
+        from laq_gguf import Llama
+
+        settings = {
+            "kv_budget": self.budget,
+            "kv_staging": self.staging,
+            "kv_policy": self.policy,
+            "type_k": ggml_type(self.cache_type),
+            "type_v": ggml_type(self.cache_type),
+            "n_ctx": N_CTX,
+            "n_batch": 64,
+            # one thread: many small graphs on a busy machine mostly wait at barriers
+            "n_threads": 1,
+            "n_threads_batch": 1,
+            "seed": SEED,
+            "verbose": False,
+        }
+        return Llama(str(path), **{**settings, **self.rules, **self.context, **changes})
+
+
+NO_FA = {"flash_attn": False}
+PSEUDO = {"lookahead": "pseudo"}
+
+SETUPS = (
+    Setup("laq++", "laq++"),
+    Setup("laq++ pseudo, f32", "laq++", cache_type="f32", rules=PSEUDO, context=NO_FA),
+    Setup("laq, chunks of 32", "laq", rules={"chunk_size": 32, "probe_size": 20}, context=NO_FA),
+    Setup("laq pseudo, draft snapkv", "laq", rules={**PSEUDO, "draft": "snapkv"}),
+    # SnapKV keeps more than the budget: every draft is refused
+    Setup("draft beyond the budget", "laq++", 30, rules={**PSEUDO, "draft": "snapkv"}),
+    Setup("snapkv", "snapkv", cache_type="f32", context=NO_FA),
+    Setup("streaming, q8_0", "streaming", cache_type="q8_0"),
+    Setup("random, pinned", "random", rules={"pinned": ((40, 50), (300, 310))}, context=NO_FA),
+    # nothing but the window and the lookahead stays
+    Setup("least budget", "laq++", 16, 240, rules={"n_sink": 0, "probe_size": 16}),
+    Setup("least budget, streaming", "streaming", 8, 248, rules={"n_sink": 0}),
+    Setup("least staging", "laq++", 168, 88),
+    Setup(
+        "other sizes",
+        "laq++",
+        200,
+        300,
+        cache_type="f32",
+        rules={
+            **PSEUDO,
+            "lookahead_size": 5,
+            "window_size": 3,
+            "snapkv_window": 11,
+            "kernel_size": 3,
+            "pooling": "avg",
+            "follow_size": 0,
+        },
+        context={"n_batch": 48, "n_ubatch": 20, "flash_attn": False},
+    ),
+    Setup("full", "full", context={"n_ctx": 512}),
+)
