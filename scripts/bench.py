@@ -1,4 +1,7 @@
-"""Benchmarks: `bench.py quality | speed | report | readme`. Exit status 0 whatever is measured."""
+"""Benchmarks: `bench.py quality | multiturn | chat | memory | speed`, and `report | readme`.
+
+Exit status 0 whatever is measured.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,17 @@ import sys
 from pathlib import Path
 
 from laq_gguf import LaqError
-from laq_gguf.bench import quality, report, speed
+from laq_gguf.bench import chat, memory, multiturn, quality, report, speed
+from laq_gguf.bench.worker import WorkerError
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "quality": quality,
+    "multiturn": multiturn,
+    "chat": chat,
+    "memory": memory,
+    "speed": speed,
+}
 README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
 
 
@@ -17,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; 2 if it could not be run."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("quality", quality), ("speed", speed)):
+    for name, module in COMMANDS.items():
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(function=module.run)
@@ -29,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.function(args)
-    except (ValueError, LaqError, speed.WorkerError) as error:
+    except (ValueError, LaqError, WorkerError, chat.CapError) as error:
         print(f"bench.py {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,7 +14,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,28 @@ class Decoder:
         self.llm.eval(list(tokens))
         self.n_tokens = len(tokens)
         return int(self.logits().argmax())
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Read a prompt that goes on after what is decoded."""
+        self.llm.n_tokens = self.n_tokens  # step() leaves it behind
+        self.llm.eval(list(tokens))
+        self.n_tokens += len(tokens)
+
+    def flush(self) -> None:
+        """Carry out an eviction that waits, as generate() does where a reply ends."""
+        laq = getattr(self.llm, "_laq", None)
+        if laq is not None:
+            laq.flush()
+
+    def save(self) -> Any:
+        """The state, for `load`; the logits are no part of it."""
+        self.llm.n_tokens = self.n_tokens
+        return self.llm.save_state()
+
+    def load(self, state: Any) -> None:
+        """Go back to a state."""
+        self.llm.load_state(state)
+        self.n_tokens = self.llm.n_tokens
 
     def step(self, token: int) -> None:
         """Decode one token at the next position.
@@ -120,10 +144,16 @@ class Commands:
             raise RuntimeError("no model is loaded: send the command open first")
         return self._decoder
 
-    def open(self, *, library: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load the model."""
-        self._decoder = Decoder(library, model, options)
-        return self._decoder.system()
+    def open(
+        self, *, library: str, model: str, options: dict[str, Any], log: bool = False
+    ) -> dict[str, Any]:
+        """Load the model. log: also return what llama.cpp logged meanwhile, as "log"."""
+        if not log:
+            self._decoder = Decoder(library, model, options)
+            return self._decoder.system()
+        with logged(library) as lines:
+            self._decoder = Decoder(library, model, options)
+        return {**self._decoder.system(), "log": lines}
 
     def tokenize(self, *, text: str, n: int) -> list[int]:
         """Exactly the first `n` tokens of a text, begin-of-text first where the model has one."""
@@ -147,6 +177,10 @@ class Commands:
             "stats": decoder.stats(),
         }
 
+    def peak(self) -> int:
+        """Most bytes of memory that this process has had so far."""
+        return peak_bytes()
+
     def decode(self, *, n_past: int, n: int) -> dict[str, Any]:
         """Go back to position `n_past` and decode `n` tokens greedily; ms of each step."""
         decoder = self._loaded
@@ -164,6 +198,41 @@ class Commands:
             token = int(decoder.logits().argmax())
             times.append(1e3 * (time.perf_counter() - start))
         return times
+
+
+@contextmanager
+def logged(library: str) -> Iterator[list[str]]:
+    """Collect the lines that llama.cpp logs inside the block, which are not printed then."""
+    importlib.import_module(library).Llama  # noqa: B018  # decides which llama_cpp is imported
+    api = importlib.import_module("llama_cpp.llama_cpp")
+    lines: list[str] = []
+    previous, user_data = api.llama_log_callback(), ctypes.c_void_p()
+    api.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
+
+    @api.llama_log_callback
+    def collect(level: int, text: bytes, _: Any) -> None:
+        lines.append(text.decode("utf-8", "replace").strip())
+
+    api.llama_log_set(collect, ctypes.c_void_p())
+    try:
+        yield lines
+    finally:
+        api.llama_log_set(previous, user_data)
+
+
+def peak_bytes() -> int:
+    """Most bytes of memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss: on Linux that begins with what the parent had when it forked
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def serve() -> None:

@@ -1,10 +1,12 @@
 """METRICS: how an answer is scored, and how near a cache stays to the full one.
 
-The answer metrics are those of RULER (arXiv 2404.06654): case-insensitive containment.
+Answers: case-insensitive containment as in RULER (arXiv 2404.06654), F1 and EM as in SQuAD.
 """
 
 from __future__ import annotations
 
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +25,34 @@ def any_found(text: str, outputs: Sequence[str]) -> float:
     _require_outputs(outputs)
     text = text.lower()
     return float(any(output.lower() in text for output in outputs))
+
+
+def squad_f1(text: str, outputs: Sequence[str]) -> float:
+    """SQuAD's F1 (arXiv 1606.05250): harmonic mean of the shares of words that are the same.
+
+    The best over the `outputs`, each compared after `squad_words`.
+    """
+    _require_outputs(outputs)
+    return max(_word_f1(squad_words(text), squad_words(output)) for output in outputs)
+
+
+def squad_em(text: str, outputs: Sequence[str]) -> float:
+    """1.0 if `text` is one of `outputs` after `squad_words`, else 0.0."""
+    _require_outputs(outputs)
+    return float(any(squad_words(text) == squad_words(output) for output in outputs))
+
+
+def squad_words(text: str) -> list[str]:
+    """Words as SQuAD compares them: lower case, without ASCII punctuation, without articles."""
+    letters = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in letters.split() if word not in ("a", "an", "the")]
+
+
+def _word_f1(words: list[str], expected: list[str]) -> float:
+    if not words or not expected:
+        return float(words == expected)
+    same = sum((Counter(words) & Counter(expected)).values())
+    return 2 * same / (len(words) + len(expected))
 
 
 def _require_outputs(outputs: Sequence[str]) -> None:

@@ -68,6 +68,12 @@ def needle_prompts(
     return [_prompt(i, (i + 0.5) / n, n_tokens, count_tokens, seed) for i in range(n)]
 
 
+def essay(n_sentences: int, seed: int = 1) -> str:
+    """Sentences of no sense, each of eight tokens or more."""
+    rng = random.Random(seed)
+    return _paragraphs([_sentence(rng) for _ in range(n_sentences)])
+
+
 def _prompt(
     index: int, depth: float, n_tokens: int, count_tokens: Callable[[str], int], seed: int
 ) -> dict[str, object]:

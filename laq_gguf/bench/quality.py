@@ -10,18 +10,30 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from laq_gguf.bench.answers import Reply, answer, reply_text
 from laq_gguf.bench.decoder import Decoder
 from laq_gguf.bench.metrics import METRICS, kl_divergence, top1_agreement
-from laq_gguf.bench.provenance import provenance, usable_cores, write_json
-from laq_gguf.bench.report import quality_table
-from laq_gguf.bench.tasks import TASKS, Example, load_examples
+from laq_gguf.bench.options import (
+    add_common,
+    add_eviction,
+    add_resume,
+    check_model,
+    eviction_options,
+    integers,
+    llama_options,
+    names,
+)
+from laq_gguf.bench.prompts import Prompt, chat_renderer, make_prompt, open_tokenizer
+from laq_gguf.bench.references import References
+from laq_gguf.bench.results import ResultFile
+from laq_gguf.bench.tables import quality_table
+from laq_gguf.bench.tasks import TASKS, load_examples
 
 # keyword arguments of laq_gguf.Llama, beside kv_budget and the lookahead
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,246 +57,222 @@ NOTES = {
         "cache"
     ),
 }
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An example in tokens: `lead` is decoded as the reply's beginning, after the prompt."""
-
-    example: Example
-    tokens: list[int]
-    lead: list[int]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Greedy tokens (an end token included) and the logits (n, n_vocab) along the reference."""
-
-    tokens: list[int]
-    logits: npt.NDArray[np.float32]
+REUSED = "rows of the full cache marked reused come from an earlier run (--references)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench.py quality`."""
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    add_common(parser)
     parser.add_argument("--data", type=Path, help="folder with ruler/LENGTH/TASK.jsonl")
     parser.add_argument(
-        "--tasks", type=_names(TASKS), default=["needles"], help=f"of {', '.join(TASKS)}"
+        "--tasks", type=names(TASKS), default=["needles"], help=f"of {', '.join(TASKS)}"
     )
     parser.add_argument("--length", type=int, default=2048, help="prompt length in tokens")
     parser.add_argument("--limit", type=int, help="the first N examples of each task only")
     parser.add_argument("--n-needles", type=int, default=20, help="prompts of the task needles")
     parser.add_argument(
-        "--methods", type=_names(METHODS), default=list(METHODS), help=f"of {', '.join(METHODS)}"
+        "--methods", type=names(METHODS), default=list(METHODS), help=f"of {', '.join(METHODS)}"
     )
-    parser.add_argument("--kv-staging", type=int, default=0,
-                        help="cells beyond the budget; 0 = the whole prompt fits")  # fmt: skip
-    parser.add_argument("--budgets", type=_integers, default=[128], help="kv_budget: 64,128,256")
+    parser.add_argument("--budgets", type=integers, default=[128], help="kv_budget: 64,128,256")
+    parser.add_argument(
+        "--kv-staging", type=int, default=0,
+        help="cells beyond the budget; 0 = the whole prompt fits",
+    )  # fmt: skip
     parser.add_argument("--lookahead", choices=tuple(NOTES), default="pseudo")
-    parser.add_argument("--lookahead-size", type=int, default=8)
-    parser.add_argument("--window-size", type=int, default=8)
+    add_eviction(parser)
     parser.add_argument(
         "--n-compare", type=int, default=16, help="tokens of the full cache's answer compared"
     )
-    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
         "--library", choices=("laq_gguf", "llama_cpp"), default="laq_gguf",
         help="llama_cpp: the class llama_cpp.Llama, which knows the method full only",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="result file, JSON")
+    add_resume(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, write `args.out` after every method, print the table; return the document.
+    """Measure, write `args.out` after every answer, print the table; return the document.
 
     Raises:
-        ValueError: options that cannot be combined, or data that is not there.
+        ValueError: options that cannot be combined, data that is not there, or a result file of
+            other settings.
     """
-    methods = ["full", *(m for m in dict.fromkeys(args.methods) if m != "full")]
+    methods = ["full", *(m for m in args.methods if m != "full")]
     if args.library == "llama_cpp" and methods != ["full"]:
         raise ValueError("--library llama_cpp cannot evict: pass --methods full")
-    if not args.model.is_file():
-        raise ValueError(f"no model at {args.model}")
+    check_model(args)
     # the full cache has no budget; budgets of the others in the order given
-    configurations = [("full", None)]
-    configurations += [(m, b) for b in dict.fromkeys(args.budgets) for m in methods[1:]]
-
-    document = provenance("quality", args.model, _settings(args))
-    document.update(notes=[NOTES[args.lookahead]], results=[])
+    configurations = [(m, b) for b in args.budgets for m in methods[1:]]
+    file = ResultFile("quality", args, ("task", "id", "method", "budget"), [NOTES[args.lookahead]])
     prompts, n_ctx, templated = _prepare(args)
     if not templated:
-        document["notes"].append("the model has no chat template: prompts are plain text")
-    with tempfile.TemporaryDirectory(prefix="laq-bench-") as folder:
-        references = _References(Path(folder))
+        file.note("the model has no chat template: prompts are plain text")
+    with reference_folder(args.references) as folder:
+        document = file.document
+        library = f"{args.library}-{document['versions']['llama-cpp-python']}"
+        references = References(folder, document["model"]["sha256"], library)
+        run = _Run(args, prompts, n_ctx, file, references)
+        run.measure_full(configurations)
         for method, budget in configurations:
-            results = _run_method(args, method, budget, prompts, n_ctx, references)
-            document["results"].extend(results)
-            if args.out:
-                write_json(args.out, document)
-    print(quality_table(document))
-    return document
+            run.measure(method, budget)
+    file.write()
+    print(quality_table(file.document))
+    return file.document
 
 
-def _run_method(
-    args: argparse.Namespace,
+@contextmanager
+def reference_folder(path: Path | None) -> Iterator[Path]:
+    """The folder of --references, or one that is gone afterwards."""
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="laq-bench-") as folder:
+        yield Path(folder)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all methods of a run share."""
+
+    args: argparse.Namespace
+    prompts: list[Prompt]
+    n_ctx: int
+    file: ResultFile
+    references: References
+
+    def measure_full(self, others: list[tuple[str, int]]) -> None:
+        """The full cache's rows, and its replies to all questions that `others` still need."""
+        decoder = None
+        try:
+            for i, prompt in enumerate(self.prompts):
+                row = self.find(prompt, "full", None)
+                if row and all(self.find(prompt, *other) for other in others):
+                    continue
+                kept = self.references.load(*self._reference(prompt))
+                if kept is None:
+                    decoder = decoder or self._open("full", None)
+                    start = time.perf_counter()
+                    reply = self._answer(decoder, prompt, None)
+                    facts = {"text": reply_text(decoder, reply.tokens)}
+                    facts["seconds"] = time.perf_counter() - start
+                    self.references.save(*self._reference(prompt), reply, **facts)
+                else:
+                    reply, facts = kept
+                    self.file.note(REUSED)
+                if row is None:
+                    row = _row(prompt, "full", None, reply, reply, facts)
+                    self.file.add({**row, "reused": kept is not None})
+                self._progress("full", i, row)
+        finally:
+            if decoder is not None:
+                decoder.close()
+
+    def measure(self, method: str, budget: int) -> None:
+        """The rows of a method that are not there yet."""
+        missing = [p for p in self.prompts if self.find(p, method, budget) is None]
+        if not missing:
+            return
+        with closing(self._open(method, budget)) as decoder:
+            for i, prompt in enumerate(missing):
+                kept = self.references.load(*self._reference(prompt))
+                assert kept is not None
+                start = time.perf_counter()
+                reply = self._answer(decoder, prompt, kept[0])
+                facts = {"text": reply_text(decoder, reply.tokens)}
+                facts["seconds"] = time.perf_counter() - start
+                stats = decoder.stats()
+                assert stats is not None
+                for name in ("n_resident", "n_cells", "kv_bytes", "kv_bytes_full"):
+                    facts[name] = stats[name]
+                row = _row(prompt, method, budget, reply, kept[0], facts)
+                self.file.add(row)
+                self._progress(f"{method} {budget}", i, row, len(missing))
+
+    def find(self, prompt: Prompt, method: str, budget: int | None) -> dict[str, Any] | None:
+        """The row of a question, if it is there.
+
+        Raises:
+            ValueError: it belongs to another question of the same name.
+        """
+        task, id = prompt.example.task, prompt.example.id
+        row = self.file.find(task=task, id=id, method=method, budget=budget)
+        if row is not None and row["prompt"] != prompt.digest:
+            raise ValueError(
+                f"--out has an answer to another {task}/{id}: --data has changed; give another "
+                "--out, or --overwrite"
+            )
+        return row
+
+    def _reference(self, prompt: Prompt) -> tuple[list[list[int]], int, int]:
+        max_new_tokens = TASKS[prompt.example.task].max_new_tokens
+        return [prompt.tokens, prompt.lead], self.args.n_compare, max_new_tokens
+
+    def _answer(self, decoder: Decoder, prompt: Prompt, reference: Reply | None) -> Reply:
+        return answer(
+            decoder,
+            prompt,
+            reference,
+            max_new_tokens=TASKS[prompt.example.task].max_new_tokens,
+            n_compare=self.args.n_compare,
+            # a reply up to here is the full cache's own, on a cache not yet evicted
+            n_exact=self.args.lookahead_size if self.args.lookahead == "deferred" else 0,
+        )
+
+    def _open(self, method: str, budget: int | None) -> Decoder:
+        options = llama_options(self.args, self.n_ctx)
+        if budget is not None:
+            options.update(
+                METHODS[method],
+                kv_budget=budget,
+                kv_staging=self.args.kv_staging or self.n_ctx,
+                lookahead=self.args.lookahead,
+                **eviction_options(self.args),
+            )
+        return Decoder(self.args.library, str(self.args.model), options)
+
+    def _progress(self, label: str, i: int, row: dict[str, Any], n: int | None = None) -> None:
+        where = f"{i + 1}/{n or len(self.prompts)} {row['task']}/{row['id']}"
+        found = f"found {row['score']:.2f}, KL {row['kl']:.4f}"
+        print(f"{label}: {where} {found}", file=sys.stderr)
+
+
+def _row(
+    prompt: Prompt,
     method: str,
     budget: int | None,
-    prompts: list[Prompt],
-    n_ctx: int,
-    references: _References,
-) -> list[dict[str, Any]]:
-    label = method if budget is None else f"{method} {budget}"
-    decoder = Decoder(args.library, str(args.model), _options(args, method, budget, n_ctx))
-    # a reply up to here is the full cache's own, on a cache not yet evicted
-    n_exact = args.lookahead_size if args.lookahead == "deferred" else 0
-    results = []
-    try:
-        for i, prompt in enumerate(prompts):
-            start = time.perf_counter()
-            before = decoder.stats()
-            reference = None if method == "full" else references.load(i)
-            reply = answer(
-                decoder,
-                prompt,
-                reference,
-                max_new_tokens=TASKS[prompt.example.task].max_new_tokens,
-                n_compare=args.n_compare,
-                n_exact=n_exact,
-            )
-            if reference is None:
-                references.save(i, reply)
-                reference = reply
-            result = _result(decoder, prompt, reply, reference, before)
-            result.update(method=method, budget=budget, seconds=time.perf_counter() - start)
-            results.append(result)
-            found = sum(r["score"] for r in results)
-            print(
-                f"{label}: {i + 1}/{len(prompts)} {prompt.example.task}/{prompt.example.id} "
-                f"found {found:.2f} of {i + 1}",
-                file=sys.stderr,
-            )
-    finally:
-        decoder.close()
-    return results
-
-
-def answer(
-    decoder: Decoder,
-    prompt: Prompt,
-    reference: Reply | None,
-    *,
-    max_new_tokens: int,
-    n_compare: int,
-    n_exact: int,
-) -> Reply:
-    """Follow the reference for up to `n_compare` tokens, then answer freely.
-
-    As long as the greedy token is the reference's, following it and answering freely are the same;
-    at the first other token the cache goes back there. Without a reference: a free answer.
-
-    Args:
-        n_exact: length of a reply, lead included, before which the cache is not yet evicted and to
-            which it cannot go back: the prompt is read again then.
-
-    Returns:
-        The free answer, and logits along the reference (along itself without one).
-    """
-    decoder.prefill(prompt.tokens)
-    for token in prompt.lead:
-        decoder.step(token)
-    start = decoder.n_tokens
-    rows: list[npt.NDArray[np.float32]] = []
-    tokens: list[int] = []
-    if reference is not None:
-        tokens, rows = _follow(decoder, reference.tokens[:n_compare])
-        shared = len(tokens) - 1
-        if decoder.n_tokens > start + shared:
-            _go_back(decoder, prompt, tokens[:shared], start, n_exact)
-    while not tokens or (len(tokens) < max_new_tokens and not decoder.is_end(tokens[-1])):
-        if tokens:
-            decoder.step(tokens[-1])
-        if reference is None and len(rows) < n_compare:
-            rows.append(decoder.logits().copy())
-        tokens.append(int(decoder.logits().argmax()))
-    return Reply(tokens, np.stack(rows))
-
-
-def _follow(decoder: Decoder, path: list[int]) -> tuple[list[int], list[npt.NDArray[np.float32]]]:
-    """Decode along `path`: the greedy tokens up to the first that leaves it, the logits of all."""
-    rows = []
-    greedy: list[int] = []
-    for i in range(len(path)):
-        if i:
-            decoder.step(path[i - 1])
-        rows.append(decoder.logits().copy())
-        if greedy == path[:i]:
-            greedy.append(int(rows[-1].argmax()))
-    return greedy, rows
-
-
-def _go_back(decoder: Decoder, prompt: Prompt, shared: list[int], start: int, n_exact: int) -> None:
-    """Restore the cache that followed `shared` reply tokens; the last logits need not be valid."""
-    n_reply = len(prompt.lead) + len(shared)
-    if n_reply >= n_exact and decoder.rewind(start + len(shared)):
-        return
-    decoder.prefill(prompt.tokens)
-    for token in [*prompt.lead, *shared]:
-        decoder.step(token)
-
-
-class _References:
-    """The full cache's replies, on disk: their logits may not fit beside a second model."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def save(self, i: int, reply: Reply) -> None:
-        np.savez(self._folder / f"{i}.npz", tokens=np.array(reply.tokens), logits=reply.logits)
-
-    def load(self, i: int) -> Reply:
-        with np.load(self._folder / f"{i}.npz") as file:
-            return Reply(file["tokens"].tolist(), file["logits"])
-
-
-def _result(
-    decoder: Decoder,
-    prompt: Prompt,
     reply: Reply,
     reference: Reply,
-    before: dict[str, Any] | None,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     example = prompt.example
-    tokens = reply.tokens[:-1] if decoder.is_end(reply.tokens[-1]) else reply.tokens
-    text = decoder.text(tokens)
-    stats = decoder.stats()
     kl = kl_divergence(reference.logits, reply.logits)
-    result = {
+    return {
         "task": example.task,
         "id": example.id,
+        "method": method,
+        "budget": budget,
         "depth": example.depth,
+        "prompt": prompt.digest,
         "n_prompt": len(prompt.tokens),
         "n_lead": len(prompt.lead),
         "outputs": list(example.outputs),
-        "text": text,
-        "score": METRICS[TASKS[example.task].metric](text, example.outputs),
+        "score": METRICS[TASKS[example.task].metric](facts["text"], example.outputs),
         "top1_agreement": top1_agreement(reference.logits, reply.logits),
         "kl": float(kl.mean()),
         "kl_max": float(kl.max()),
         "n_compared": len(kl),
+        **facts,
+        **reply.cost,
     }
-    if stats is not None and before is not None:
-        result.update({k: stats[k] for k in ("n_resident", "n_cells", "kv_bytes", "kv_bytes_full")})
-        result["n_evictions"] = stats["n_evictions"] - before["n_evictions"]
-    return result
 
 
 def _prepare(args: argparse.Namespace) -> tuple[list[Prompt], int, bool]:
     """The prompts in tokens, the context size they need, whether the model has a chat template."""
-    decoder = Decoder("llama_cpp", str(args.model), {"vocab_only": True, "n_ctx": 256})
-    try:
-        render = _chat_renderer(decoder)
-        prompts = []
-        for name in args.tasks:
+    with closing(open_tokenizer(str(args.model))) as decoder:
+        render = chat_renderer(decoder)
+        prompts = [
+            make_prompt(decoder, render, example, args.lookahead)
+            for name in args.tasks
             for example in load_examples(
                 name,
                 data=args.data,
@@ -292,89 +280,11 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Prompt], int, bool]:
                 limit=args.limit,
                 n_needles=args.n_needles,
                 count_tokens=lambda text: len(decoder.tokenize(text)),
-            ):
-                prompts.append(_prompt(decoder, render, example, args.lookahead))
-    finally:
-        decoder.close()
+            )
+        ]
     need = max(
         len(p.tokens) + len(p.lead) + max(TASKS[p.example.task].max_new_tokens, args.n_compare)
         for p in prompts
     )
     # pseudo tokens take cells until they are dropped
     return prompts, -(-(need + args.lookahead_size) // 256) * 256, render is not None
-
-
-def _prompt(decoder: Decoder, render: Any, example: Example, lookahead: str) -> Prompt:
-    text = example.message if render is None else render(example.message)
-    add_bos = render is None
-    if lookahead == "deferred":
-        lead = decoder.tokenize(example.answer_prefix)
-        return Prompt(example, decoder.tokenize(text, add_bos=add_bos, special=True), lead)
-    # templates may write begin-of-text themselves
-    tokens = decoder.tokenize(text + example.answer_prefix, add_bos=add_bos, special=True)
-    return Prompt(example, tokens, [])
-
-
-def _chat_renderer(decoder: Decoder) -> Any:
-    """Message -> prompt text up to the assistant's turn, by the model's template; None without."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = decoder.llm.metadata.get("tokenizer.chat_template")
-    if not template:
-        return None
-
-    def piece(token: int) -> str:
-        return "" if token < 0 else decoder.llm._model.token_get_text(token)
-
-    formatter = Jinja2ChatFormatter(
-        template=template,
-        eos_token=piece(decoder.llm.token_eos()),
-        bos_token=piece(decoder.llm.token_bos()),
-    )
-    return lambda message: formatter(messages=[{"role": "user", "content": message}]).prompt
-
-
-def _options(
-    args: argparse.Namespace, method: str, budget: int | None, n_ctx: int
-) -> dict[str, Any]:
-    options = {
-        "n_ctx": n_ctx,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
-        "flash_attn": True,
-    }
-    if budget is not None:
-        options.update(
-            METHODS[method],
-            kv_budget=budget,
-            kv_staging=args.kv_staging or n_ctx,
-            lookahead=args.lookahead,
-            lookahead_size=args.lookahead_size,
-            window_size=args.window_size,
-        )
-    return options
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    skip = {"model", "data", "out", "command", "function"}
-    return {k: v for k, v in vars(args).items() if k not in skip}
-
-
-def _names(known: dict[str, Any]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}"
-            )
-        return names
-
-    return parse
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"whole numbers with commas, got {text!r}") from None

@@ -11,10 +11,8 @@ sides start anew and read the same prompt at the same time, with half of the thr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laq_gguf.bench import decoder
 from laq_gguf.bench.provenance import provenance, usable_cores, write_json
-from laq_gguf.bench.report import speed_table
+from laq_gguf.bench.tables import speed_table
+from laq_gguf.bench.worker import Worker, WorkerError
 
 # steps not counted: after a prompt (beyond the lookahead and the eviction), and in each round
 N_WARM_UP = 4
@@ -32,74 +30,6 @@ N_WARM_UP = 4
 OURS, OURS_OFF = "ours", "ours, FA off"
 LONG_ON, LONG_OFF = "stock, FA on", "stock, FA off"
 SHORT_ON, SHORT_OFF = "stock, short, FA on", "stock, short, FA off"
-
-
-class WorkerError(RuntimeError):
-    """A worker could not do what it was told."""
-
-
-class Worker:
-    """A process that keeps one model loaded (decoder.py run as a script)."""
-
-    def __init__(self, lib: Path | None) -> None:
-        """Start it. lib: folder of the libraries that llama_cpp loads; None: laq_gguf's own."""
-        env = dict(os.environ)
-        env.pop("LLAMA_CPP_LIB_PATH", None)
-        if lib is not None:
-            env["LLAMA_CPP_LIB_PATH"] = str(lib)
-        self._process = subprocess.Popen(
-            [sys.executable, decoder.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=env,
-        )
-
-    def __call__(self, command: str, **arguments: Any) -> Any:
-        """Send a command, wait for its answer.
-
-        Raises:
-            WorkerError: with the worker's own words, or its exit status if it died.
-        """
-        self.send(command, **arguments)
-        return self.receive(command)
-
-    def send(self, command: str, **arguments: Any) -> None:
-        """Let it begin; `receive` must follow.
-
-        Raises:
-            WorkerError: it has died.
-        """
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(f"{command}: the worker has exited") from None
-
-    def receive(self, command: str) -> Any:
-        """Wait for the answer to the command that was sent.
-
-        Raises:
-            WorkerError: with the worker's own words, or its exit status if it died.
-        """
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait()
-            raise WorkerError(f"{command}: the worker exited with status {status}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(f"{command}: {answer['error']}")
-        return answer["ok"]
-
-    def close(self) -> None:
-        """Let it end by itself: it does when its stdin ends."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 @dataclass

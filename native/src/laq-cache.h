@@ -187,6 +187,7 @@ struct laq_cache {
     void init_layers();
     void init_rings();
 
+    // order: all cells of the sequence; own: 1 = no other sequence shares it. Of the rest, nothing moves.
     laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
     void     compact(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
                      const laq_kept & kept);

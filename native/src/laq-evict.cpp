@@ -7,7 +7,23 @@
 
 #include <algorithm>
 
-// indices into view of what stays of one head: pinned first, then by rank
+// indices into view of what stays of one head, n_shared cells of other sequences aside
+static std::vector<uint32_t> keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h,
+                                          const laq_head_view & view, uint32_t n_shared) {
+    laq_params p = params;
+    p.n_kv_budget -= std::min(p.n_kv_budget, n_shared);
+
+    const std::vector<uint8_t> pinned   = laq_pinned(p, view);
+    const uint32_t             n_pinned = std::count(pinned.begin(), pinned.end(), 1);
+    if (n_pinned > p.n_kv_budget) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        std::to_string(n_pinned + n_shared) + " tokens of the sequence are pinned or shared with " +
+                            "another one (llama_memory_seq_cp), kv_budget = " + std::to_string(params.n_kv_budget) +
+                            ": raise kv_budget or pin and share less");
+    }
+    return laq_select_keys(p, ikv, h, view, pinned.data());
+}
+
 laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> & order,
                            const std::vector<uint8_t> & own) {
     laq_params p  = params_of(e.seq_id);
@@ -30,7 +46,6 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
         }
     }
     const uint32_t n_shared = std::count(own.begin(), own.end(), 0);
-    p.n_kv_budget -= std::min(p.n_kv_budget, n_shared);
 
     laq_kept             res(layers.size());
     std::vector<int32_t> pos(at.size());
@@ -41,18 +56,9 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
                 pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
                 s[i]   = raw.empty() ? 0.0f : raw[ikv][h * order.size() + at[i]];
             }
-            const laq_head_view view     = { pos.data(), raw.empty() ? nullptr : s.data(), (uint32_t) at.size(),
-                                             e.n_intact };
-            const auto          pinned   = laq_pinned(p, view);
-            const uint32_t      n_pinned = std::count(pinned.begin(), pinned.end(), 1);
-            if (n_pinned > p.n_kv_budget) {
-                throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                                std::to_string(n_pinned + n_shared) +
-                                    " tokens of the sequence are pinned or shared "
-                                    "with another one (llama_memory_seq_cp), kv_budget = " +
-                                    std::to_string(e.n_keep) + ": raise kv_budget or pin and share less");
-            }
-            res[ikv].push_back(laq_select_keys(p, ikv, h, view, pinned.data()));
+            const float * of_head = raw.empty() ? nullptr : s.data();
+            res[ikv].push_back(
+                keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared));
             for (uint32_t & i : res[ikv].back()) {
                 i = at[i];
             }

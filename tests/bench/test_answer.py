@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from laq_gguf.bench.quality import Prompt, Reply, answer
+from laq_gguf.bench.answers import COUNTERS, Reply, added, answer
+from laq_gguf.bench.prompts import Prompt
 from laq_gguf.bench.tasks import Example
 
 N_VOCAB, END = 12, 11
@@ -23,6 +24,7 @@ class FakeDecoder:
         self.seed, self.n_exact, self.can_rewind = seed, n_exact, can_rewind
         self.history: list[int] = []
         self.n_prefills = 0
+        self.n_evictions = 0
 
     @property
     def n_tokens(self) -> int:
@@ -32,12 +34,18 @@ class FakeDecoder:
         self.history, self.n_prompt = list(tokens), len(tokens)
         self.evicted = self.n_exact is None
         self.n_prefills += 1
+        self.n_evictions += self.evicted
         return int(self.logits().argmax())
 
     def step(self, token: int) -> None:
         if self.n_exact is not None and self.n_tokens - self.n_prompt >= self.n_exact:
+            self.n_evictions += not self.evicted
             self.evicted = True
         self.history.append(token)
+
+    def stats(self) -> dict:
+        counters = {"n_evictions": self.n_evictions, "ms_score": 2.0 * self.n_evictions}
+        return {**dict.fromkeys(COUNTERS, 0), **counters}
 
     def rewind(self, n_tokens: int) -> bool:
         if self.can_rewind:
@@ -92,6 +100,9 @@ def test_answer_equals_two_passes(can_rewind: bool, n_exact: int | None, lead: l
         )
         assert got.tokens == want.tokens
         np.testing.assert_array_equal(got.logits, want.logits)
+        assert got.cost["ms_prefill"] >= 0
+        if decoder.n_evictions:
+            assert (got.cost["n_evictions"], got.cost["ms_score"]) == (1, 2.0)
     assert n_rewound > 0
 
 
@@ -112,3 +123,9 @@ def test_max_new_tokens_is_kept() -> None:
     limits = {"max_new_tokens": 3, "n_compare": 16, "n_exact": 0}
     for seed in range(10):
         assert len(answer(decoder, Prompt(EXAMPLE, [seed], []), None, **limits).tokens) <= 3
+
+
+def test_a_cache_without_counters_adds_nothing() -> None:
+    assert added(None, None) == {}
+    before, after = dict.fromkeys(COUNTERS, 1), dict.fromkeys(COUNTERS, 4)
+    assert added(before, after) == dict.fromkeys(COUNTERS, 3)

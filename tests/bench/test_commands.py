@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from laq_gguf.bench.answers import COUNTERS
+from laq_gguf.bench.needles import essay
 from laq_gguf.bench.provenance import SCHEMA
 from laq_gguf.bench.speed import N_WARM_UP
 
 HEAD = {"schema", "kind", "command", "settings", "date", "commit", "model", "versions", "machine"}
 RESULT = {
     "task", "id", "depth", "method", "budget", "n_prompt", "n_lead", "outputs", "text", "score",
-    "top1_agreement", "kl", "kl_max", "n_compared", "seconds",
+    "top1_agreement", "kl", "kl_max", "n_compared", "seconds", "ms_prefill", "prompt",
 }  # fmt: skip
-STATS = {"n_resident", "n_cells", "kv_bytes", "kv_bytes_full", "n_evictions"}
+STATS = {"n_resident", "n_cells", "kv_bytes", "kv_bytes_full", *COUNTERS}
 # several threads that wait for each other stall where other processes run
 ONE_THREAD = ("--threads", 1)
 pytestmark = pytest.mark.model
@@ -42,10 +44,53 @@ def test_quality(bench, model: Path, tmp_path: Path, lookahead: str) -> None:
         assert (result.keys() >= STATS) == (result["method"] != "full")
     for full in results[:2]:
         assert (full["kl"], full["top1_agreement"]) == (0.0, 1.0)
-    assert all(r["n_evictions"] == 1 for r in results[2:])
+    assert all(r["n_evictions"] == 1 and r["ms_score"] > 0 for r in results[2:])
+    assert all(r["n_pseudo"] == (8 if lookahead == "pseudo" else 0) for r in results[2:])
     assert all(r["n_resident"] < r["n_prompt"] / 2 and r["kl"] > 0 for r in results[2:])
     rendered = bench("report", out)
     assert rendered.returncode == 0 and done.stdout.strip() in rendered.stdout
+
+
+def test_quality_goes_on_where_it_stopped(bench, model: Path, tmp_path: Path) -> None:
+    out, references = tmp_path / "quality.json", tmp_path / "references"
+    command = (
+        "quality", "--model", model, "--length", 400, "--n-needles", 2, "--budgets", 64,
+        "--methods", "full,streaming", "--out", out, "--references", references, *ONE_THREAD,
+    )  # fmt: skip
+    assert bench(*command).returncode == 0
+    whole = json.loads(out.read_text(encoding="utf-8"))
+    assert len(list(references.glob("*.npz"))) == 2
+    assert [r.get("reused") for r in whole["results"]] == [False, False, None, None]
+
+    stopped = {**whole, "results": whole["results"][:3]}
+    out.write_text(json.dumps(stopped), encoding="utf-8")
+    done = bench(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("streaming 64: 1/1") == 1 and "full: 1" not in done.stderr
+    again = json.loads(out.read_text(encoding="utf-8"))
+    assert again["results"][:3] == whole["results"][:3]
+    timings = {"seconds", *(name for name in whole["results"][3] if name.startswith("ms_"))}
+    assert {k: v for k, v in again["results"][3].items() if k not in timings} == {
+        k: v for k, v in whole["results"][3].items() if k not in timings
+    }
+
+    other = bench(*command, "--limit", 1)
+    assert other.returncode == 2 and "limit: None, now 1" in other.stderr
+    # a prompt in chunks, beside the replies that were kept
+    bounded = bench(
+        *command, "--overwrite", "--methods", "laq++", "--kv-staging", 96, "--probe-size", 16,
+        "--follow-size", 0, "--chunk-size", 64,
+    )  # fmt: skip
+    assert bounded.returncode == 0, bounded.stderr
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["settings"]["chunk_size"] == 64
+    assert [r["reused"] for r in document["results"][:2]] == [True, True]
+    assert document["results"][0]["seconds"] == whole["results"][0]["seconds"]
+    assert any("--references" in note for note in document["notes"])
+    for row in document["results"][2:]:
+        assert row["n_cells"] == 256 and row["n_evictions"] > 1
+        assert row["n_probe"] > 0 and row["ms_probe"] > 0
+        assert row["n_probe"] % 16 == 0 and row["n_pseudo"] == 8 * row["n_evictions"]
 
 
 def test_quality_without_eviction(bench, model: Path, tmp_path: Path) -> None:
@@ -58,6 +103,137 @@ def test_quality_without_eviction(bench, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text(encoding="utf-8"))["results"]
     assert [r["score"] for r in results] == [1.0, 1.0]
+
+
+def write_multiturn(folder: Path) -> None:
+    (folder / "multiturn").mkdir()
+    turns = [
+        {"question": "What is the secret number?", "answers": ["4821"]},
+        {"question": "Say it once more.", "answers": ["4821", "the number"]},
+        {"question": "What is the text about?", "answers": ["nothing"]},
+    ]
+    records = [
+        {"title": f"T{i}", "context": f"{essay(8, i)} The number is 4821. {essay(12, i + 9)}",
+         "turns": turns}
+        for i in (1, 2)
+    ]  # fmt: skip
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "multiturn" / "squad_multiturn.jsonl").write_text(lines, encoding="utf-8")
+
+
+def test_multiturn(bench, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "multiturn.json"
+    write_multiturn(tmp_path)
+    command = (
+        "multiturn", "--model", model, "--data", tmp_path, "--max-new-tokens", 12, "--out", out,
+        "--references", tmp_path / "references", *ONE_THREAD,
+    )  # fmt: skip
+    done = bench(*command)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document.keys() >= HEAD
+    results = document["results"]
+    assert len(results) == 2 * 5 * 3
+    for row in results:
+        assert 0 <= row["em"] <= row["f1"] <= 1 and 0 < row["n_compared"] <= 12
+        assert (row["turn"] == 1) == (row["n_new"] > row["n_context"])
+        if row["method"] == "full":
+            assert (row["kl"], row["top1_agreement"], row["budget"]) == (0.0, 1.0, None)
+            continue
+        assert row["budget"] == row["n_context"] // 4
+        assert row["n_again"] == 0 and row["n_evictions"] >= 1
+        assert row["n_decoded"] == row["n_new"] + row["n_compared"] - 1 + row["n_pseudo"]
+        assert row["n_resident"] < row["budget"] + 12
+        if row["method"] == "laq++-deferred" and row["turn"] == 1:
+            assert row["kl"] < 1e-3 or row["n_compared"] > 8, "as long as nothing is evicted"
+    rendered = bench("report", out)
+    assert rendered.returncode == 0 and done.stdout.strip() in rendered.stdout
+
+    # all rows of the second text, and of one method of the first, are missing
+    kept = [r for r in results if r["index"] == 0 and r["method"] != "snapkv"]
+    out.write_text(json.dumps({**document, "results": kept}), encoding="utf-8")
+    again = bench(*command)
+    assert again.returncode == 0, again.stderr
+    resumed = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert resumed[: len(kept)] == kept
+
+    def values(rows: list[dict]) -> dict:
+        key = ("index", "method", "turn")
+        return {tuple(r[k] for k in key): (r["kl"], r["text"], r["n_decoded"]) for r in rows[6:]}
+
+    evicting = [r for r in results if r["method"] != "full"]
+    assert values(evicting) == values([r for r in resumed if r["method"] != "full"])
+
+
+def test_multiturn_in_few_cells(bench, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "multiturn.json"
+    write_multiturn(tmp_path)
+    done = bench(
+        "multiturn", "--model", model, "--data", tmp_path, "--max-new-tokens", 12, "--out", out,
+        "--limit", 1, "--turns", 2, "--methods", "laq++-pseudo", "--kv-staging", 100,
+        *ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert [(r["method"], r["turn"]) for r in results] == [
+        ("full", 1), ("full", 2), ("laq++-pseudo", 1), ("laq++-pseudo", 2)
+    ]  # fmt: skip
+    first = results[2]
+    assert first["n_cells"] == 256 < first["n_new"] and first["n_probe"] > 0
+    assert first["n_again"] == 0
+
+
+def test_chat(bench, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "chat.json"
+    done = bench(
+        "chat", "--model", model, "--turns", 5, "--max-tokens", 12, "--budget", 128,
+        "--kv-staging", 100, "--out", out, *ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document.keys() >= HEAD
+    turns = document["results"]
+    assert [(t["chat"], t["turn"]) for t in turns] == [(1, i + 1) for i in range(5)]
+    for turn in turns:
+        assert 0 < turn["n_reply"] <= 12 and turn["n_resident_max"] <= turn["n_cells"] == 256
+        assert turn["n_looks"] >= turn["n_steps"] + 2
+        assert turn["system_kept"] and turn["n_system"] > 30
+    assert turns[-1]["n_prompt"] > 150 and turns[-1]["n_evictions"] > 0
+    rendered = bench("report", out)
+    assert rendered.returncode == 0 and done.stdout.strip() in rendered.stdout
+
+
+def test_chats_until_enough_is_generated(bench, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "chat.json"
+    done = bench(
+        "chat", "--model", model, "--tokens", 60, "--max-tokens", 12, "--budget", 96,
+        "--n-ctx", 256, "--out", out, *ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    turns = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert sum(t["n_reply"] for t in turns) == 60
+    assert max(t["n_tokens"] for t in turns) <= 256
+
+
+def test_memory(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    done = bench(
+        "memory", "--model", model, "--plain-lib", plain_lib, "--n-ctx", "512,4096",
+        "--budget", 128, "--kv-staging", 128, "--types", "q8_0", "--n-decode", 8, "--out", out,
+        *ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document.keys() >= HEAD
+    small, large, stock = document["results"]
+    assert [r["library"] for r in document["results"]] == ["laq_gguf", "laq_gguf", "llama_cpp"]
+    assert small["kv_bytes"] == large["kv_bytes"] and small["compute_bytes"] > 0
+    assert abs(stock["kv_bytes"] - small["kv_bytes"]) < 0.01 * 2**20, "logged in hundredths"
+    assert small["n_prompt"] == 384 > small["n_cells"] == stock["n_cells"] == 256
+    assert stock["n_prompt"] + stock["n_decode"] == 256
+    for row in document["results"]:
+        assert row["peak_bytes"] >= row["peak_loaded_bytes"] > row["kv_bytes"]
+    assert bench("report", out).returncode == 0
 
 
 def test_speed(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
@@ -110,6 +286,10 @@ def test_errors_are_one_line_and_status_2(bench, model: Path, tmp_path: Path) ->
         (("quality", "--model", model, "--tasks", "vt"), "pass --data"),
         (("quality", "--model", model, "--library", "llama_cpp"), "pass --methods full"),
         (("speed", "--model", model, "--plain-lib", tmp_path / "none"), "pass --plain-lib"),
+        (("memory", "--model", model, "--plain-lib", tmp_path / "none"), "pass --plain-lib"),
+        (("memory", "--model", model, "--plain-lib", tmp_path, "--n-ctx", 1024), "at least 1600"),
+        (("multiturn", "--model", model, "--data", tmp_path), "no multiturn/squad_multiturn.jsonl"),
+        (("chat", "--model", model, "--turns", 0), "at least 1"),
         (("report", model.parent / "none.json"), "no result file"),
     ):
         done = bench(*arguments)

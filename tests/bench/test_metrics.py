@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from laq_gguf.bench.metrics import any_found, kl_divergence, share_found, top1_agreement
+from laq_gguf.bench.metrics import (
+    any_found,
+    kl_divergence,
+    share_found,
+    squad_em,
+    squad_f1,
+    squad_words,
+    top1_agreement,
+)
 
 
 def test_share_found_counts_outputs_and_ignores_case() -> None:
@@ -21,7 +29,31 @@ def test_any_found_needs_one() -> None:
     assert any_found("in spain", ["Normandy", "France"]) == 0.0
 
 
-@pytest.mark.parametrize("metric", [share_found, any_found])
+def test_squad_words_drop_case_punctuation_and_articles() -> None:
+    assert squad_words("The  Norse-man,\nan old 'Viking'; a THEory!") == [
+        "norseman", "old", "viking", "theory",
+    ]  # fmt: skip
+
+
+def test_squad_f1_of_the_best_answer() -> None:
+    # 2 of 4 words are the answer's 3: precision 1/2, recall 2/3, F1 = 2 * 1/3 / (7/6) = 4/7
+    assert squad_f1("It was Duke Rollo.", ["duke Rollo I"]) == pytest.approx(4 / 7)
+    assert squad_f1("It was Duke Rollo.", ["nobody", "Rollo", "duke Rollo I"]) == pytest.approx(
+        4 / 7
+    )
+    # a word counts as often as both have it
+    assert squad_f1("no no no", ["no no yes yes"]) == pytest.approx(4 / 7)
+    assert squad_f1("Rollo", ["Richard"]) == 0.0
+    assert squad_f1("the", ["Rollo"]) == 0.0
+    assert squad_f1("the", ["a"]) == 1.0
+
+
+def test_squad_em_needs_all_words_of_one_answer() -> None:
+    assert squad_em("The 9th century.", ["900", "9th Century"]) == 1.0
+    assert squad_em("in the 9th century", ["9th century"]) == 0.0
+
+
+@pytest.mark.parametrize("metric", [share_found, any_found, squad_f1, squad_em])
 def test_no_outputs_is_an_error(metric) -> None:
     with pytest.raises(ValueError, match="without expected outputs"):
         metric("text", [])

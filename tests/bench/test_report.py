@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laq_gguf.bench import report, speed
+from laq_gguf.bench import report, speed, tables
 from laq_gguf.bench.provenance import SCHEMA
 
 
@@ -16,7 +16,7 @@ def quality_document() -> dict:
         row = {"task": "needles", "method": method, "budget": budget, "id": id, "score": score}
         return {**row, "top1_agreement": 0.5, "kl": 0.25, **extra}
 
-    stats = {"n_resident": 130, "n_evictions": 1}
+    stats = {"n_resident": 130, "n_evictions": 1, "ms_prefill": 1500.0}
     return {
         "schema": SCHEMA,
         "kind": "quality",
@@ -39,7 +39,7 @@ def quality_document() -> dict:
 
 
 def test_share_of_what_the_full_cache_finds() -> None:
-    full, laq = report.quality_rows(quality_document())
+    full, laq = tables.quality_rows(quality_document())
     assert (full["score"], full["of_full"], full["n_evicted"]) == (pytest.approx(2 / 3), 1.0, None)
     # the answer that only laq++ found does not make up for the half it lost
     assert (laq["score"], laq["of_full"], laq["n"]) == (pytest.approx(2.5 / 3), 0.75, 3)
@@ -50,7 +50,7 @@ def test_render_reads_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
     path.write_text(json.dumps(quality_document()), encoding="utf-8")
     text = report.render(path)
-    assert "| needles | laq++ | 128 | 3 | 0.833 | 0.750 | 0.500 | 0.2500 | 130 | 3 |" in text
+    assert "| needles | laq++ | 128 | 3 | 0.833 | 0.750 | 0.500 | 0.2500 | 130 | 3 | 1.50 (" in text
     for part in ("a note", "a cpu, 2 cores", "commit abc, 2026-01-02", "sha256 000000000000"):
         assert part in text
 

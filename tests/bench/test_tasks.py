@@ -9,7 +9,7 @@ import pytest
 
 from laq_gguf.bench.metrics import METRICS
 from laq_gguf.bench.needles import needle_prompts
-from laq_gguf.bench.tasks import TASKS, load_examples
+from laq_gguf.bench.tasks import TASKS, load_examples, pairs_prompt
 
 
 def count_words(text: str) -> int:
@@ -74,3 +74,29 @@ def test_ruler_errors_say_what_to_change(tmp_path: Path) -> None:
         load("vt", tmp_path, length=4096)
     with pytest.raises(ValueError, match="unknown task 'niah'"):
         load("niah", tmp_path)
+
+
+def test_kv_retrieval_asks_for_one_value_of_a_json_object(tmp_path: Path) -> None:
+    pairs = [["a1", "v1"], ["b2", "v2"], ["c3", "v3"], ["d4", "v4"]]
+    folder = tmp_path / "ruler"
+    folder.mkdir()
+    path = folder / "kv_retrieval_75.jsonl"
+    lines = [{"ordered_kv_records": pairs, "key": k, "value": v} for k, v in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    examples = load("kv_retrieval_75", tmp_path, length=1)
+    assert [e.outputs for e in examples] == [("v1",), ("v2",), ("v3",), ("v4",)]
+    assert [e.depth for e in examples] == [0.125, 0.375, 0.625, 0.875]
+    message = examples[2].message
+    assert json.loads(message[message.index("{") : message.index("}") + 1]) == dict(pairs)
+    assert message.endswith('Key: "c3"\nCorresponding value:')
+    assert load("kv_retrieval_75", tmp_path, limit=2) == examples[:2]
+
+
+def test_kv_retrieval_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass --data"):
+        load("kv_retrieval_75", None)
+    with pytest.raises(ValueError, match=r"no ruler/kv_retrieval_75\.jsonl"):
+        load("kv_retrieval_75", tmp_path)
+    for key, value in (("z", "v1"), ("a1", "v2")):
+        with pytest.raises(ValueError, match="is not among ordered_kv_records"):
+            pairs_prompt([("a1", "v1"), ("b2", "v2")], key, value)

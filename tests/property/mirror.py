@@ -75,7 +75,7 @@ class NativeCache(KVCache):
     def remove(self, p0: int, p1: int = -1) -> bool:
         n_end = self.n_tokens if p1 < 0 else min(p1, self.n_tokens)
         done = super().remove(p0, p1)
-        if done and p0 < n_end:
+        if done and max(p0, 0) < n_end:
             self._keep_queries(self.query_positions < p0)
         return done
 

@@ -12,6 +12,7 @@ import copy
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class CacheMachine(RuleBasedStateMachine):
     setup: Setup
     path: Path  # of the model
     folder: Path
-    foreign: tuple[Any, ...]  # states that do not fit
+    foreign: tuple[Any, ...] = ()  # states that do not fit, made when they are needed
 
     states: Bundle[Any] = Bundle("states")
     sessions: Bundle[Any] = Bundle("sessions")
@@ -223,6 +224,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 2))
     def load_what_does_not_fit(self, i: int) -> None:
+        if not self.foreign:
+            type(self).foreign = foreign_states(self.setup, self.path)
         state = self.foreign[i]
         is_full = state.n_tokens > self.llm.n_ctx()
         self.attempt(lambda: self.llm.load_state(state), is_full=is_full, is_gone=not is_full)
@@ -282,27 +285,76 @@ def foreign_states(setup: Setup, path: Path) -> tuple[Any, ...]:
     return tuple(states)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_calls_in_any_order(
+def load_nothing(machine: CacheMachine) -> None:
+    session, state = machine.save_session(), machine.save()
+    machine.read(n=300)
+    machine.load_session(session=session)
+    machine.read(n=300)
+    machine.load_a_truncated_state(state=state, share=0.0)
+    machine.load(state=state)
+
+
+def remove_all_that_is_left(machine: CacheMachine) -> None:
+    machine.read(n=40)
+    machine.decode(n=12)
+    machine.remove(begin="intact", offset=0, n=None)
+    session = machine.save_session()
+    machine.go_back(n=120, n_new=30)
+    machine.load_session(session=session)
+    machine.read(n=30)
+
+
+def go_back_beyond_all_queries(machine: CacheMachine) -> None:
+    machine.read(n=200)
+    machine.decode_in_batches(n=100)
+    machine.remove(begin="end", offset=-60, n=None)
+    machine.evict(n_keep=100)
+    machine.read(n=300)
+
+
+@dataclass
+class Machines:
+    """Makes classes of machines."""
+
+    native: Any
+    path: Path
+    folder: Path
+
+    def of(self, setup: Setup) -> type[CacheMachine]:
+        members = {**vars(self), "setup": setup}
+        # the sequences are derived from the name
+        return type(f"CacheMachine({setup})", (CacheMachine,), members)
+
+
+@pytest.fixture
+def machines(
     native: Any,
     tiny_gguf: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    setup: Setup,
-) -> None:
+) -> Machines:
     monkeypatch.setenv("LAQ_DEBUG", "1")  # the scores of the last eviction are kept
-    path = tiny_gguf("llama", **SHAPE)
-    machine = type(
-        # the name is what the sequences are derived from
-        f"CacheMachine({setup})",
-        (CacheMachine,),
-        {
-            "native": native,
-            "setup": setup,
-            "path": path,
-            "folder": tmp_path,
-            "foreign": foreign_states(setup, path),
-        },
-    )
-    run_state_machine_as_test(machine, settings=SEQUENCES)
+    return Machines(native, tiny_gguf("llama", **SHAPE), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_calls_in_any_order(machines: Machines, setup: Setup) -> None:
+    run_state_machine_as_test(machines.of(setup), settings=SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [load_nothing, remove_all_that_is_left, go_back_beyond_all_queries],
+    ids=lambda calls: calls.__name__,
+)
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_calls_that_went_wrong(
+    machines: Machines, setup: Setup, calls: Callable[[CacheMachine], None]
+) -> None:
+    machine = machines.of(setup)()
+    try:
+        calls(machine)
+        machine.both_count_alike()
+    finally:
+        machine.teardown()

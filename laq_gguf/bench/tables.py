@@ -1,0 +1,368 @@
+"""Markdown tables of what results hold; nothing is measured here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+
+
+def quality_rows(document: Document) -> list[Row]:
+    """One row per task, method and budget, in the order they were measured.
+
+    of_full: of what the full cache finds, the share that is found too (None if it finds nothing):
+    sum of min(score, full score) / sum of full scores.
+    """
+    results = document["results"]
+    full = {(r["task"], r["id"]): r["score"] for r in results if r["method"] == "full"}
+    rows = []
+    for task in _ordered(r["task"] for r in results):
+        for method, budget in _ordered((r["method"], r["budget"]) for r in results):
+            group = [
+                r
+                for r in results
+                if (r["task"], r["method"], r["budget"]) == (task, method, budget)
+            ]
+            if group:
+                rows.append(
+                    {"task": task, "method": method, "budget": budget, **_mean(group, full)}
+                )
+    return rows
+
+
+def _mean(group: list[Row], full: dict[tuple[str, str], float]) -> dict[str, Any]:
+    found = sum(full[r["task"], r["id"]] for r in group)
+    both = sum(min(r["score"], full[r["task"], r["id"]]) for r in group)
+    resident = [r["n_resident"] for r in group if "n_resident" in r]
+    evicted = [r["n_evictions"] > 0 for r in group if "n_evictions" in r]
+    return {
+        "n": len(group),
+        "score": statistics.fmean(r["score"] for r in group),
+        "of_full": both / found if found else None,
+        "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
+        "kl": statistics.fmean(r["kl"] for r in group),
+        "n_resident_max": max(resident, default=None),
+        "n_evicted": sum(evicted) if evicted else None,
+        "first_token_s": [r["ms_prefill"] / 1e3 for r in group if "ms_prefill" in r],
+    }
+
+
+def quality_table(document: Document) -> str:
+    """Markdown table of a quality result."""
+    return _table(
+        (
+            ("task", lambda r: r["task"]),
+            ("method", lambda r: r["method"]),
+            ("budget", lambda r: _number(r["budget"], "d")),
+            ("n", lambda r: str(r["n"])),
+            ("found", lambda r: f"{r['score']:.3f}"),
+            ("of full's", lambda r: _number(r["of_full"], ".3f")),
+            ("top-1 = full's", lambda r: f"{r['top1_agreement']:.3f}"),
+            ("KL to full (nats)", lambda r: f"{r['kl']:.4f}"),
+            ("most cells", lambda r: _number(r["n_resident_max"], "d")),
+            ("evicted", lambda r: _number(r["n_evicted"], "d")),
+            ("first token, s", lambda r: _spread(r["first_token_s"], ".2f")),
+        ),
+        quality_rows(document),
+    )
+
+
+def quality_summary(document: Document) -> str:
+    """Markdown table of a quality result: one row per method, what it finds of each task."""
+    rows = quality_rows(document)
+    tasks = _ordered(row["task"] for row in rows)
+    summary = []
+    for method, budget in _ordered((row["method"], row["budget"]) for row in rows):
+        group = [r for r in rows if (r["method"], r["budget"]) == (method, budget)]
+        summary.append(
+            {
+                "method": method,
+                "budget": budget,
+                "kl": statistics.fmean(r["kl"] for r in group),
+                "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
+                **{r["task"]: r for r in group},
+            }
+        )
+    n = {row["task"]: row["n"] for row in rows}
+    return _table(
+        (
+            ("kv_policy", lambda r: r["method"]),
+            ("kv_budget", lambda r: _number(r["budget"], "d")),
+            *((f"{t} ({n[t]})", _found(t)) for t in tasks),
+            ("KL to full, nats", lambda r: f"{r['kl']:.3f}"),
+            ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
+        ),
+        summary,
+    )
+
+
+def _found(task: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[task]['score']:.2f}" if task in row else "-"
+
+
+def speed_table(document: Document) -> str:
+    """Markdown tables of a speed result: the measurements, then the bars."""
+    measured = _table(
+        (
+            ("configuration", lambda r: r["name"]),
+            ("prompt", lambda r: str(r["n_prompt"])),
+            ("decode, tokens/s", lambda r: _spread(r["decode_tokens_per_s"], ".1f")),
+            ("first token, s", lambda r: _spread(r["first_token_s"], ".2f")),
+            ("KV bytes", lambda r: _number(r["kv_bytes"], ",d")),
+        ),
+        document["configurations"],
+    )
+    bars = _table(
+        (
+            ("bar", lambda r: r["name"]),
+            ("measured", lambda r: _spread(r["values"], ".3f")),
+            ("wanted", lambda r: r["wanted"]),
+            ("", lambda r: "pass" if r["passed"] else "FAIL"),
+        ),
+        document["bars"],
+    )
+    load = " and ".join(_number(value, ".2f") for value in document["load"])
+    return (
+        f"{measured}\n\n{bars}\n\nMedian (least to most) over rounds; ratios within a round. "
+        f"Load of the machine before and after: {load}."
+    )
+
+
+def multiturn_rows(document: Document) -> list[Row]:
+    """For each method a row for each turn, means over the contexts, then one over all (turn None).
+
+    again: tokens that had been decoded in an earlier turn and were decoded once more, in all.
+    """
+    results = document["results"]
+    rows = []
+    for method in _ordered(r["method"] for r in results):
+        own = [r for r in results if r["method"] == method]
+        for turn in [*sorted({r["turn"] for r in own}), None]:
+            group = [r for r in own if turn in (None, r["turn"])]
+            decoded = [r for r in group if "n_decoded" in r]
+            rows.append(
+                {
+                    "method": method,
+                    "turn": turn,
+                    "n": len(group),
+                    **{name: statistics.fmean(r[name] for r in group) for name in FIDELITY},
+                    "n_new": statistics.fmean(r["n_new"] for r in group),
+                    "n_decoded": _mean_of(decoded, "n_decoded"),
+                    "again": sum(r["n_again"] for r in decoded) if decoded else None,
+                    "n_resident": _mean_of(decoded, "n_resident"),
+                }
+            )
+    return rows
+
+
+FIDELITY = ("f1", "em", "kl", "top1_agreement")
+
+
+def multiturn_table(document: Document) -> str:
+    """Markdown table of a multiturn result: each turn of each method."""
+    return _table(
+        (
+            ("method", lambda r: r["method"]),
+            ("turn", lambda r: "mean" if r["turn"] is None else str(r["turn"])),
+            ("n", lambda r: str(r["n"])),
+            ("F1", lambda r: f"{r['f1']:.3f}"),
+            ("EM", lambda r: f"{r['em']:.3f}"),
+            ("KL to full (nats)", lambda r: f"{r['kl']:.4f}"),
+            ("top-1 = full's", lambda r: f"{r['top1_agreement']:.3f}"),
+            ("new tokens", lambda r: f"{r['n_new']:.0f}"),
+            ("decoded", lambda r: _number(r["n_decoded"], ".0f")),
+            ("decoded again", lambda r: _number(r["again"], "d")),
+            ("cells after it", lambda r: _number(r["n_resident"], ".0f")),
+        ),
+        multiturn_rows(document),
+    )
+
+
+def multiturn_summary(document: Document) -> str:
+    """Markdown table of a multiturn result: one row per method."""
+    rows = multiturn_rows(document)
+    turns = sorted({r["turn"] for r in rows if r["turn"] is not None})
+    summary = []
+    for mean in (r for r in rows if r["turn"] is None):
+        own = {r["turn"]: r for r in rows if r["method"] == mean["method"]}
+        later = [r for turn, r in own.items() if turn not in (None, 1)]
+        summary.append({**mean, "own": own, "later": _mean_of(later, "n_decoded")})
+
+    def kl(turn: int) -> Callable[[Row], str]:
+        return lambda r: f"{r['own'][turn]['kl']:.3f}" if turn in r["own"] else "-"
+
+    return _table(
+        (
+            ("method", lambda r: r["method"]),
+            ("F1", lambda r: f"{r['f1']:.3f}"),
+            ("EM", lambda r: f"{r['em']:.3f}"),
+            *((f"KL, turn {turn}", kl(turn)) for turn in turns),
+            ("KL, mean", lambda r: f"{r['kl']:.3f}"),
+            ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
+            ("decoded in a later turn", lambda r: _number(r["later"], ".0f")),
+        ),
+        summary,
+    )
+
+
+def chat_figures(document: Document) -> Row:
+    """What a chat result comes to.
+
+    first, last: tokens/s of decoding in the first and the last quarter of the turns.
+    again: tokens of earlier turns that a turn decoded once more.
+    """
+    turns = document["results"]
+    if not turns:
+        raise ValueError("a chat without turns has no figures")
+    quarter = max(1, len(turns) // 4)
+    again = [t["n_again"] for t in turns]
+    return {
+        "n_chats": len({t["chat"] for t in turns}),
+        "n_turns": len(turns),
+        "n_generated": sum(t["n_reply"] for t in turns),
+        "n_decoded": sum(t["n_decoded"] for t in turns),
+        "n_evictions": sum(t["n_evictions"] for t in turns),
+        "n_cells": max(t["n_cells"] for t in turns),
+        "n_resident_max": max(t["n_resident_max"] for t in turns),
+        "longest": max(t["n_tokens"] for t in turns),
+        "first": _speed(turns[:quarter]),
+        "last": _speed(turns[-quarter:]),
+        "again_mean": statistics.fmean(again),
+        "again_max": max(again),
+        "n_again": sum(n > 0 for n in again),
+        "n_system_kept": sum(t["system_kept"] for t in turns),
+    }
+
+
+def _speed(turns: list[Row]) -> float | None:
+    seconds = sum(t["decode_s"] for t in turns)
+    return sum(t["n_steps"] for t in turns) / seconds if seconds else None
+
+
+def chat_summary(document: Document) -> str:
+    """Markdown table of a chat result: what all turns come to."""
+    f = chat_figures(document)
+    return _table(
+        (("chat", lambda r: r[0]), ("measured", lambda r: r[1])),
+        [
+            ("turns", f"{f['n_turns']} in {_count(f['n_chats'], 'chat')}"),
+            ("tokens of the longest chat", f"{f['longest']:,}"),
+            ("tokens generated", f"{f['n_generated']:,}"),
+            ("most cells in use, of those allocated", f"{f['n_resident_max']} of {f['n_cells']}"),
+            ("evictions", str(f["n_evictions"])),
+            ("decoding, first quarter of the turns", f"{_number(f['first'], '.1f')} tokens/s"),
+            ("decoding, last quarter", f"{_number(f['last'], '.1f')} tokens/s"),
+            (
+                "tokens decoded again in a turn",
+                f"{f['again_mean']:.1f} (at most {f['again_max']}; none in "
+                f"{f['n_turns'] - f['n_again']} of {f['n_turns']} turns)",
+            ),
+            ("turns after which every head holds the system turn",
+             f"{f['n_system_kept']} of {f['n_turns']}"),
+        ],
+    )  # fmt: skip
+
+
+def chat_table(document: Document) -> str:
+    """Markdown tables of a chat result: the summary, then every turn."""
+    turns = _table(
+        (
+            ("chat", lambda r: str(r["chat"])),
+            ("turn", lambda r: str(r["turn"])),
+            ("prompt", lambda r: str(r["n_prompt"])),
+            ("reply", lambda r: str(r["n_reply"])),
+            ("decoded", lambda r: str(r["n_decoded"])),
+            ("again", lambda r: str(r["n_again"])),
+            ("most cells", lambda r: str(r["n_resident_max"])),
+            ("evictions", lambda r: str(r["n_evictions"])),
+            ("s", lambda r: f"{r['seconds']:.2f}"),
+            ("tokens/s", lambda r: _number(_speed([r]), ".1f")),
+            ("system turn", lambda r: "whole" if r["system_kept"] else "LOST"),
+        ),
+        document["results"],
+    )
+    return f"{chat_summary(document)}\n\n{turns}"
+
+
+def memory_rows(document: Document) -> list[Row]:
+    """The rows of a memory result, beside the stock context of the same cells and types.
+
+    held: bytes of K, V, captured queries and graphs.
+    """
+    results = document["results"]
+    stock = {(r["type"], r["n_cells"]): r for r in results if r["library"] == "llama_cpp"}
+    rows = []
+    for r in results:
+        beside = stock.get((r["type"], r["n_cells"]))
+        rows.append(
+            {
+                **r,
+                "held": _held(r),
+                "held_ratio": _held(r) / _held(beside) if beside else None,
+                "peak_ratio": r["peak_bytes"] / beside["peak_bytes"] if beside else None,
+            }
+        )
+    return rows
+
+
+def _held(row: Row) -> int:
+    return row["kv_bytes"] + row["ring_bytes"] + row["compute_bytes"]
+
+
+def memory_table(document: Document) -> str:
+    """Markdown table of a memory result."""
+
+    def mib(name: str, spec: str = ",.1f") -> Callable[[Row], str]:
+        return lambda r: format(r[name] / 2**20, spec) if name in r else "-"
+
+    return _table(
+        (
+            ("", lambda r: "stock" if r["library"] == "llama_cpp" else "ours"),
+            ("K and V", lambda r: r["type"]),
+            ("n_ctx", lambda r: f"{r['n_ctx']:,}"),
+            ("cells", lambda r: f"{r['n_cells']:,}"),
+            ("prompt", lambda r: f"{r['n_prompt']:,}"),
+            ("KV of n_ctx cells, MiB", mib("kv_bytes_full")),
+            ("KV, MiB", mib("kv_bytes", ".2f")),
+            ("KV + queries + graphs, MiB", mib("held")),
+            ("/ stock's", lambda r: _number(r["held_ratio"], ".3f")),
+            ("peak RSS, MiB", mib("peak_bytes")),
+            ("/ stock's", lambda r: _number(r["peak_ratio"], ".3f")),
+        ),
+        memory_rows(document),
+    )
+
+
+def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> str:
+    lines = [[title for title, _ in columns], ["---"] * len(columns)]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean_of(rows: list[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _spread(values: Sequence[float], spec: str) -> str:
+    if not values:
+        return "-"
+    middle = format(statistics.median(values), spec)
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):{spec}} to {max(values):{spec}})"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
