@@ -112,7 +112,8 @@ class Llama(StateMixin, llama_cpp.Llama):
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
             probe_size: last tokens of a prompt that are read ahead, where it does not fit, to
                 score what has been read; dropped afterwards.
-            chunk_size: most tokens of such a prompt between two evictions; 0 = n_batch.
+            chunk_size: most tokens of such a prompt between two evictions; 0 = a third of the
+                cells, at most n_batch.
             pin_system: keep the system turn of a chat whole, found by create_chat_completion.
             n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
                 llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no

@@ -173,11 +173,11 @@ class _Run:
             )
             for prompt, reply, facts in self._talk(self._full, chat):
                 self.references.save(*self._reference(prompt), reply, **facts)
-        else:
-            self.file.note(REUSED)
         replies = self._kept(chat)
         assert replies is not None
         if not self.is_measured(chat, "full"):
+            if kept is not None:
+                self.file.note(REUSED)
             rows = []
             for turn, (reply, facts) in enumerate(replies):
                 row = _row(chat, turn, "full", reply, reply.logits, facts)

@@ -158,8 +158,9 @@ class _Run:
                     self.references.save(*self._reference(prompt), reply, **facts)
                 else:
                     reply, facts = kept
-                    self.file.note(REUSED)
                 if row is None:
+                    if kept is not None:
+                        self.file.note(REUSED)
                     row = _row(prompt, "full", None, reply, reply, facts)
                     self.file.add({**row, "reused": kept is not None})
                 self._progress("full", i, row)

@@ -12,7 +12,7 @@ and sinks, a recent window and user spans that always stay.
 from .attention import POOLINGS, attention_scores, causal_mask, pool_scores
 from .cache import KVCache
 from .cells import Tokens
-from .plan import ChunkPlan, plan_chunk
+from .plan import ChunkPlan, default_chunk, plan_chunk
 from .select import (
     POLICIES,
     PolicyParams,
@@ -37,6 +37,7 @@ __all__ = [
     "attention_scores",
     "causal_mask",
     "copies",
+    "default_chunk",
     "follow_scores",
     "pinned_mask",
     "plan_chunk",

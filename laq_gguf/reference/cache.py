@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
 from .cells import Cells, Tokens
-from .plan import ChunkPlan, check_pinned, plan_chunk
+from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk
 from .select import PolicyParams, Span, query_range, select_head
 
 
@@ -156,8 +156,9 @@ class KVCache(Cells):
         """The next chunk of a prompt of which n_left tokens are left. Changes nothing."""
         if self.n_cells is None:
             return ChunkPlan(min(n_left, self.n_batch))
+        chunk_size = self.params.chunk_size or default_chunk(self.params, self.n_cells)
         return plan_chunk(
-            self.params,
+            replace(self.params, chunk_size=chunk_size),
             n_cells=self.n_cells,
             n_used=self.n_used,
             n_resident=self.n_resident,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from .select import PolicyParams
 
+MIN_CHUNK = 32
+
 
 @dataclass(frozen=True)
 class ChunkPlan:
@@ -27,6 +29,16 @@ class ChunkPlan:
     n_tokens: int
     n_evict: int = 0
     n_probe: int = 0
+
+
+def default_chunk(params: PolicyParams, n_cells: int) -> int:
+    """Most tokens of a chunk where chunk_size is 0: a third of the cells that no probe needs.
+
+    Larger chunks need fewer evictions, but each cuts deeper into what has been read: one that takes
+    all of the staging cuts down to the budget every time.
+    """
+    room = params.probe_size + params.lookahead_size if params.needs_lookahead else 0
+    return max(MIN_CHUNK, (n_cells - room) // 3)
 
 
 def plan_chunk(

@@ -49,7 +49,7 @@ class PolicyParams:
     seed: int = 0
     pinned: tuple[Span, ...] = ()
     probe_size: int = 48
-    chunk_size: int = 0  # 0 = what one batch may have
+    chunk_size: int = 0  # 0: see plan.default_chunk
 
     def __post_init__(self) -> None:
         choices = (

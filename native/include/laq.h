@@ -102,7 +102,7 @@ struct laq_params {
     uint32_t n_kv_budget;          // tokens per layer and KV head that stay when the prompt has been read
     uint32_t n_lookahead;          // tokens decoded ahead
     uint32_t n_probe;              // last prompt tokens that are decoded ahead where a prompt finds no cells
-    uint32_t n_chunk;              // most prompt tokens read between two evictions; 0 = n_batch of the context
+    uint32_t n_chunk;              // most prompt tokens read between two evictions; 0 = a third of the cells
     uint32_t n_window;             // last prompt tokens: kept whole, and their queries are used by LAQ_PP
     uint32_t n_window_snapkv;      // the same for SNAPKV
     uint32_t n_sink;               // first positions, always kept
@@ -251,7 +251,7 @@ struct laq_chunk {
 
 // How a prompt goes on, without doing it: n_used cells of n_cells are in use, n_resident of them by the sequence itself,
 // n_left tokens of the prompt are not decoded yet. Of params, the policy, n_kv_budget, n_lookahead, n_probe and n_chunk
-// are used.
+// (here 0 = n_batch) are used.
 struct laq_chunk laq_plan_chunk(const struct laq_params * params, uint32_t n_cells, uint32_t n_used,
                                 uint32_t n_resident, uint32_t n_left, uint32_t n_batch);
 

@@ -23,7 +23,8 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
     ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), pinned(p.pinned, p.pinned + p.n_pinned),
     n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()), seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr),
     n_ctx_own(ctx->n_ctx_seq()) {
-    params.pinned = pinned.data();
+    params.pinned  = pinned.data();
+    params.n_chunk = laq_policy_chunk(params, n_cells());
 
     init_layers();
     init_rings();

@@ -194,6 +194,11 @@ uint32_t laq_policy_room(const laq_params & params) {
     return laq_policy_needs_lookahead(params) ? params.n_probe + params.n_lookahead : 0;
 }
 
+uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells) {
+    const uint32_t room = laq_policy_room(params);
+    return params.n_chunk ? params.n_chunk : std::max(32u, (n_cells - std::min(n_cells, room)) / 3);
+}
+
 laq_chunk laq_plan_chunk(const laq_params * params, uint32_t n_cells, uint32_t n_used, uint32_t n_resident,
                          uint32_t n_left, uint32_t n_batch) {
     const laq_params & p = *params;

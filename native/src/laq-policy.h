@@ -69,5 +69,9 @@ bool laq_policy_needs_lookahead(const laq_params & params);
 uint32_t laq_policy_ahead(const laq_params & params);
 uint32_t laq_policy_room(const laq_params & params);
 
+// Most tokens of a chunk where n_chunk is 0: a third of the cells that no probe needs. Larger chunks need fewer
+// evictions, but each cuts deeper into what has been read.
+uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells);
+
 // cells that no eviction frees: the union of sinks, window, lookahead and pinned spans
 uint32_t laq_policy_n_pinned(const laq_params & params);

@@ -325,6 +325,11 @@ static void test_plan_chunk() {
     // the probe is what is left of the prompt, or what is left of the cells
     CHECK(plan_is(params, 768, 740, 30, { 30, 58, 20 }));
     CHECK(plan_is(params, 768, 764, 30, { 0, 0, 0 }));
+    // where nothing is said, a third of the cells less the probe's room
+    params.n_chunk = 0;
+    CHECK(laq_policy_chunk(params, 768) == (768 - 56) / 3);
+    CHECK(laq_policy_chunk(params, 100) == 32 && laq_policy_chunk(params, 10) == 32);
+    CHECK(laq_policy_chunk(make_params(LAQ_POLICY_STREAMING, 8), 300) == 100);
     // no lookahead, no probe
     CHECK(plan_is(make_params(LAQ_POLICY_STREAMING, 256), 768, 768, 5000, { 512, 512, 0 }));
     // never below the budget

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laq_gguf.reference import POLICIES, ChunkPlan, PolicyParams, plan_chunk
+from laq_gguf.reference import POLICIES, ChunkPlan, PolicyParams, default_chunk, plan_chunk
 from laq_gguf.reference.plan import check_pinned
 
 
@@ -182,3 +182,11 @@ def test_a_larger_budget_never_evicts_more(situation) -> None:
     larger = replace(params, budget=params.budget + 7)
     before, after = (plan_chunk(p, **counts) for p in (params, larger))
     assert after.n_evict <= before.n_evict
+
+
+@pytest.mark.parametrize(
+    ("policy", "n_cells", "expected"),
+    [("laq++", 768, (768 - 56) // 3), ("streaming", 300, 100), ("laq", 100, 32), ("laq", 10, 32)],
+)
+def test_default_chunk_is_a_third_of_the_cells(policy: str, n_cells: int, expected: int) -> None:
+    assert default_chunk(PolicyParams(8, policy=policy), n_cells) == expected
