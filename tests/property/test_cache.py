@@ -189,6 +189,8 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.cache
         p0 = {"end": cache.n_tokens, "intact": cache.n_intact, "first": 0}[begin] + offset
         p1 = -1 if n is None else p0 + n
+        if p0 <= 0 <= p1 < cache.n_tokens and cache.n_intact == 0:
+            return  # a sequence without its beginning may go on anywhere once the rest is gone, too
         self.has_gap |= 0 <= p1 < cache.n_tokens
         self.llm._ctx.kv_cache_seq_rm(0, p0, p1)
         self.llm.n_tokens, self.llm._requires_eval = cache.n_tokens, True
