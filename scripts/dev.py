@@ -41,6 +41,10 @@ MIN_CMAKE = (3, 21)
 #: llama-cpp-python without its own llama.cpp: ours takes its place
 BINDING_ONLY = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
 
+#: tests run side by side, in one process per core; idle OpenMP threads must not spin beside them
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
+
 SANITIZERS = "address,undefined"
 OPTIMIZE, CHECKED = "-O2", "-D_GLIBCXX_ASSERTIONS"
 
@@ -247,11 +251,12 @@ def test(arguments: list[str]) -> None:
         DevError: a test failed, or fewer were executed than tests/floor.txt says.
     """
     build_package()
-    env = venv_env(LAQ_PLAIN_LIB=str(build_plain()), LAQ_MODEL_SMOLLM2=str(get_model()))
+    paths = {"LAQ_PLAIN_LIB": str(build_plain()), "LAQ_MODEL_SMOLLM2": str(get_model())}
+    env = venv_env(**paths, **PASSIVE)
     if not arguments:
         run("ctest", "--test-dir", BUILD / "laq", "--output-on-failure", "--no-tests=error")
     floor = (ROOT / "tests" / "floor.txt").read_text(encoding="utf-8").strip()
-    run(PYTEST, *(arguments or ["tests", "--min-executed", floor]), env=env)
+    run(PYTEST, *(arguments or ["tests", "--min-executed", floor, *PARALLEL]), env=env)
 
 
 def test_sanitized() -> None:
@@ -287,7 +292,7 @@ def test_sanitized() -> None:
         UBSAN_OPTIONS=f"print_stacktrace=1:log_path={report}",
     )
     try:
-        run(PYTEST, "tests/property", "-p", "no:faulthandler", env=env)
+        run(PYTEST, "tests/property", "-p", "no:faulthandler", *PARALLEL, env=env)
     except DevError as error:
         found = [path.read_text(errors="replace") for path in report.parent.glob("report.*")]
         raise DevError("\n".join([str(error), *found])) from error

@@ -39,36 +39,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+class Floor:
+    """Counts executed tests, in the process that reports, and fails a run with too few."""
+
+    def __init__(self, minimum: int) -> None:
+        self._minimum, self._executed = minimum, 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._executed += report.when == "call" and not report.skipped
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == 0 and self._executed < self._minimum:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._executed < self._minimum:
+            terminalreporter.write_line(
+                f"only {self._executed} tests were executed, at least {self._minimum} must be"
+                " (--min-executed)",
+                red=True,
+            )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
-    config.stash[EXECUTED] = 0
-
-
-EXECUTED = pytest.StashKey[int]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    report = yield
-    if report.when == "call" and not report.skipped:
-        item.config.stash[EXECUTED] += 1
-    return report
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    floor = session.config.getoption("--min-executed")
-    if exitstatus == 0 and session.config.stash[EXECUTED] < floor:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    floor, executed = config.getoption("--min-executed"), config.stash[EXECUTED]
-    if executed < floor:
-        terminalreporter.write_line(
-            f"only {executed} tests were executed, at least {floor} must be (--min-executed)",
-            red=True,
-        )
+    # a worker of pytest-xdist sees a part of the tests; the process that started it, all reports
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Floor(config.getoption("--min-executed")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
