@@ -11,6 +11,9 @@ SYSTEM_ROLES = frozenset({"system", "developer"})
 #: user messages without a common beginning, in whatever way they are split into tokens
 _PROBES = ("What is this?", "1 + 1 = ?")
 
+#: keywords of create_chat_completion that templates render
+RENDERED = ("functions", "function_call", "tools", "tool_choice", "reasoning_budget")
+
 #: what could evaluate tokens or change the context; raw handles among it. A handler that wants one
 #: does not go through create_completion, or not yet.
 _OUT_OF_BOUNDS = frozenset(
@@ -127,11 +130,3 @@ def system_prefix(
     if prompt is None:
         return []
     return prompt[: min(_n_common(prompt, other) for other in prompts)]
-
-
-def system_span(
-    llama: Any, handler: Callable[..., Any], messages: Sequence[Any], **kwargs: Any
-) -> tuple[int, int] | None:
-    """The positions of a chat's system turn: (0, n), or None where `system_prefix` is empty."""
-    n = len(system_prefix(llama, handler, messages, **kwargs))
-    return (0, n) if n > 0 else None

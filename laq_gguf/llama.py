@@ -17,7 +17,7 @@ native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 import llama_cpp  # noqa: E402
 
 from .arguments import check_compatible, check_file, check_names  # noqa: E402
-from .chat import system_prefix  # noqa: E402
+from .chat import RENDERED, system_prefix  # noqa: E402
 from .config import (  # noqa: E402
     CONFIG_NAMES,
     SCORED_POLICIES,
@@ -385,18 +385,14 @@ class Llama(StateMixin, llama_cpp.Llama):
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """llama_cpp's, with the system turn pinned (see pin_system)."""
         if self._laq is not None and self._asked["pin_system"]:
-            self._pinned_prefix = self._system_turn(messages, kwargs)
+            handler = (
+                self.chat_handler
+                or self._chat_handlers.get(self.chat_format)
+                or llama_cpp.llama_chat_format.get_chat_completion_handler(self.chat_format)
+            )
+            rendered = {name: kwargs[name] for name in RENDERED if name in kwargs}
+            self._pinned_prefix = system_prefix(self, handler, messages, **rendered)
         return super().create_chat_completion(messages, *args, **kwargs)
-
-    def _system_turn(self, messages: Any, kwargs: dict[str, Any]) -> list[int]:
-        handler = (
-            self.chat_handler
-            or self._chat_handlers.get(self.chat_format)
-            or llama_cpp.llama_chat_format.get_chat_completion_handler(self.chat_format)
-        )
-        names = ("functions", "function_call", "tools", "tool_choice", "reasoning_budget")
-        rendered = {name: kwargs[name] for name in names if name in kwargs}
-        return system_prefix(self, handler, messages, **rendered)
 
     def close(self) -> None:
         """Free the model, also one whose construction failed."""

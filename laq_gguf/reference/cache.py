@@ -249,11 +249,17 @@ class KVCache(Cells):
         Args:
             n_keep: cells that stay in each head.
             n_intact: positions from here on are kept whole.
-            queries: positions [first, last) whose queries score.
+            queries: positions [first, last) whose queries score. Only those of the intact suffix
+                do; where none is left (they go with tokens that are removed) the newest tokens
+                stay, as under policy "streaming".
             n_end: tokens from this position on are dropped.
         """
         params = replace(self.params, budget=n_keep)
-        used = (self.query_positions >= queries[0]) & (self.query_positions < queries[1])
+        # a query of the evicted part would be masked by positions that heads do not share
+        first = max(queries[0], self.n_intact)
+        used = (self.query_positions >= first) & (self.query_positions < queries[1])
+        if params.needs_queries and not used.any():
+            params = replace(params, policy="streaming")  # all there is to go by
         scores, kept = [], []
         for il, layer in enumerate(self.layers):
             raw = self._score_layer(il, used) if params.needs_queries else None

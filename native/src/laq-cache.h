@@ -154,7 +154,8 @@ struct laq_cache {
     // Score, select, compact: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
     void evict(const laq_eviction & e);
 
-    // The attention of captured queries to the cells of `order`: per KV layer [n_head_kv][order.size()]
+    // The attention of captured queries to the cells of `order`: per KV layer [n_head_kv][order.size()]. Empty if none
+    // of them is held.
     std::vector<std::vector<float>> score(const laq_eviction & e, const std::vector<uint32_t> & order);
 
     // run the job, or what the hooks ask for, as an update of the context's memory; throws what went wrong
@@ -163,6 +164,9 @@ struct laq_cache {
     // an eviction whose lookahead is complete
     bool can_evict(int32_t seq_id) const;
     void evict_pending(int32_t seq_id);
+
+    // where the intact suffix begins after an eviction whose window ends at n_prompt
+    int32_t intact_from(int32_t seq_id, int32_t n_prompt) const;
 
     // down to n_keep with the queries of the last tokens
     void evict_to(int32_t seq_id, uint32_t n_keep);

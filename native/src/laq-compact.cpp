@@ -51,24 +51,16 @@ struct host_view {
 
 using cell_list = std::vector<uint32_t>;
 
-// dst[i] = src[i] in a lane of N-byte items; all are read before any is written
-template <size_t N>
-static void move_items(uint8_t * lane, size_t cell, const cell_list & dst, const cell_list & src, uint8_t * tmp) {
+// dst[i] = src[i] in a lane; all are read before any is written. N: bytes of an item where the compiler is to know them
+template <size_t N = 0>
+static void move_items(uint8_t * lane, const lane_layout & l, const cell_list & dst, const cell_list & src,
+                       uint8_t * tmp) {
+    const size_t item = N ? N : l.item;
     for (size_t i = 0; i < src.size(); ++i) {
-        memcpy(tmp + i * N, lane + src[i] * cell, N);
+        memcpy(tmp + i * item, lane + src[i] * l.cell, item);
     }
     for (size_t i = 0; i < src.size(); ++i) {
-        memcpy(lane + dst[i] * cell, tmp + i * N, N);
-    }
-}
-
-static void move_rows(uint8_t * lane, const lane_layout & l, const cell_list & dst, const cell_list & src,
-                      uint8_t * tmp) {
-    for (size_t i = 0; i < src.size(); ++i) {
-        memcpy(tmp + i * l.item, lane + src[i] * l.cell, l.item);
-    }
-    for (size_t i = 0; i < src.size(); ++i) {
-        memcpy(lane + dst[i] * l.cell, tmp + i * l.item, l.item);
+        memcpy(lane + dst[i] * l.cell, tmp + i * item, item);
     }
 }
 
@@ -82,9 +74,9 @@ static void move_lanes(ggml_tensor * t, const lane_layout & l, const cell_list &
         const cell_list & from = src[i / l.n_lanes_head];
         uint8_t *         lane = view.data + i * l.lane;
         switch (l.item) {
-            case 2:  move_items<2>(lane, l.cell, dst, from, tmp.data()); break;
-            case 4:  move_items<4>(lane, l.cell, dst, from, tmp.data()); break;
-            default: move_rows(lane, l, dst, from, tmp.data());
+            case 2:  move_items<2>(lane, l, dst, from, tmp.data()); break;
+            case 4:  move_items<4>(lane, l, dst, from, tmp.data()); break;
+            default: move_items(lane, l, dst, from, tmp.data());
         }
     }
     view.write();

@@ -35,6 +35,11 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
     if (laq_policy_needs_queries(p)) {
         raw = score(e, order);
     }
+    if (raw.empty() && laq_policy_needs_queries(p)) {
+        LLAMA_LOG_WARN("%s: the queries of the last tokens went with tokens that were removed: the newest ones stay\n",
+                       __func__);
+        p.policy = LAQ_POLICY_STREAMING;
+    }
 
     const int64_t t1 = ggml_time_us();
 
@@ -99,14 +104,16 @@ void laq_cache::evict(const laq_eviction & e) {
     ++stats.n_evictions;
 }
 
+int32_t laq_cache::intact_from(int32_t seq_id, int32_t n_prompt) const {
+    return std::max(seqs[seq_id].n_intact, n_prompt - (int32_t) laq_policy_window(params));
+}
+
 void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep) {
     const int32_t n_end    = n_tokens(seq_id);
     const int32_t n_prompt = std::max(0, n_end - (int32_t) laq_policy_ahead(params));
-    const int32_t n_window = laq_policy_window(params);
 
+    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false, intact_from(seq_id, n_prompt), n_end });
     seqs[seq_id].pending.reset();
-    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false,
-            std::max(seqs[seq_id].n_intact, n_prompt - n_window), n_end });
 }
 
 bool laq_cache::can_evict(int32_t seq_id) const {
@@ -122,8 +129,8 @@ void laq_cache::evict_pending(int32_t seq_id) {
 
     seq.pending.reset();
     if (n_resident(seq_id) > params.n_kv_budget) {
-        const int32_t n_intact = std::max(seq.n_intact, n_prompt - (int32_t) laq_policy_window(params));
-        evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false, n_intact, n_end });
+        evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false,
+                intact_from(seq_id, n_prompt), n_end });
     }
 }
 

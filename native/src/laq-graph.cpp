@@ -180,12 +180,15 @@ struct observation {
     int32_t pos;
 };
 
+// Those that the eviction asks for and that are held. Of queries below n_intact the mask would not be exact: the heads
+// hold different tokens there, and the cell table names one of them.
 static std::vector<observation> observations(const laq_cache & laq, const laq_eviction & e) {
-    const laq_ring & ring = e.scratch ? laq.scratch : laq.seqs[e.seq_id].ring;
+    const laq_seq &  seq   = laq.seqs[e.seq_id];
+    const laq_ring & ring  = e.scratch ? laq.scratch : seq.ring;
+    const int32_t    first = std::max({ e.queries.first, seq.n_intact, e.queries.last - (int32_t) ring.pos.size() });
 
     std::vector<observation> res;
-    for (int32_t pos = std::max(e.queries.first, e.queries.last - (int32_t) ring.pos.size()); pos < e.queries.last;
-         ++pos) {
+    for (int32_t pos = first; pos < e.queries.last; ++pos) {
         const int32_t slot = ring.slot_of(pos);
         if (ring.pos[slot - ring.first] == pos) {
             res.push_back({ slot, pos });
@@ -198,7 +201,7 @@ static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_
                              const std::vector<observation> & obs) {
     const int64_t n_kv = sg.mask->ne[0];
 
-    // a query sees its sequence up to its own position; evicted cells are below every captured query
+    // a query sees its sequence up to its own position
     std::vector<int32_t> slots;
     std::vector<float>   mask(n_kv * obs.size(), -INFINITY);
     for (const observation & o : obs) {
@@ -216,8 +219,7 @@ static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_
 std::vector<std::vector<float>> laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
     const std::vector<observation> obs = observations(*this, e);
     if (obs.empty()) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "no captured queries to score with: decode the prompt's last tokens in one llama_decode()");
+        return {};
     }
     ggml_backend_sched_t sched = ctx->get_sched();
     ggml_backend_sched_reset(sched);

@@ -89,11 +89,12 @@ laq_status laq_get_scores(const laq_cache * laq, uint32_t ikv, float * dst, uint
         laq_check(n_kv, "n_kv must not be NULL");
         laq_check(laq->debug, "scores are kept only if LAQ_DEBUG is set in the environment before laq_attach()");
 
-        const size_t n_all = laq->scores.empty() ? 0 : laq->scores[ikv].size();
-        *n_kv              = n_all / layer.n_head_kv;
+        const std::vector<float> & scores = laq->scores.empty() ? std::vector<float>() : laq->scores[ikv];
+
+        *n_kv = scores.size() / layer.n_head_kv;
         if (dst) {
-            laq_check(n == n_all, "dst needs n_head_kv*n_kv elements");
-            std::copy(laq->scores[ikv].begin(), laq->scores[ikv].end(), dst);
+            laq_check(n == scores.size(), "dst needs n_head_kv*n_kv elements");
+            std::copy(scores.begin(), scores.end(), dst);
         }
     });
 }

@@ -8,6 +8,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <utility>
 
 static std::vector<float> last_logits(const laq_cache & laq) {
     const float * logits = laq.ctx->get_logits_ith(-1);
@@ -61,8 +62,9 @@ static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float>
     return i;
 }
 
+// drop tokens that were decoded ahead, and their queries
 static void forget_from(laq_cache & laq, int32_t seq_id, int32_t pos) {
-    // cells of tokens decoded ahead are gone after an eviction, and still there if something failed
+    // their cells are gone after an eviction, and still there if something failed
     laq.kv->seq_rm(seq_id, pos, -1);
     laq.seqs[seq_id].ring.forget(pos);
 }
@@ -91,12 +93,10 @@ static void evict_by_probe(laq_cache & laq, int32_t seq_id, const llama_token * 
         const std::vector<float> logits = last_logits(laq);  // waits for them
         laq.stats.ms_probe += (ggml_time_us() - t0) / 1000.0;
 
-        const int32_t  n_end    = n_past + n_probe + (int32_t) decode_ahead(laq, seq_id, logits);
-        const int32_t  n_window = laq_policy_window(laq.params);
-        const int32_t  n_intact = std::max(laq.seqs[seq_id].n_intact, n_past - n_window);
-        const auto     queries  = laq_policy_queries(laq.params, n_past + n_probe, n_end);
-        const uint32_t n_keep   = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
-        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, n_intact, n_past }); });
+        const int32_t  n_end   = n_past + n_probe + (int32_t) decode_ahead(laq, seq_id, logits);
+        const auto     queries = laq_policy_queries(laq.params, n_past + n_probe, n_end);
+        const uint32_t n_keep  = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
+        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, laq.intact_from(seq_id, n_past), n_past }); });
     } catch (...) {
         stop();
         throw;
@@ -134,8 +134,14 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
                             std::to_string(laq.n_cells()) + " are in use, kv_budget = " +
                             std::to_string(p.n_kv_budget) + ": raise kv_staging or lower kv_budget or probe_size");
     }
-    laq.seqs[seq_id].pending.reset();
-    make_room_for(laq, seq_id, tokens, n_tokens, chunk);
+    // the end of this prompt brings its own eviction; a probe must not pass for the lookahead of the last one
+    const auto pending = std::exchange(laq.seqs[seq_id].pending, std::nullopt);
+    try {
+        make_room_for(laq, seq_id, tokens, n_tokens, chunk);
+    } catch (...) {
+        laq.seqs[seq_id].pending = pending;
+        throw;
+    }
     return chunk.n_tokens;
 }
 
@@ -191,11 +197,9 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
         const uint32_t n_ahead = laq.params.draft == LAQ_DRAFT_SNAPKV ? decode_ahead_from_snapkv(laq, seq_id, logits)
                                                                       : decode_ahead(laq, seq_id, logits);
 
-        const int32_t n_intact = n_prompt - (int32_t) laq_policy_window(laq.params);
-        const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
+        const auto queries = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         laq.run_update([&] {
-            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, std::max(laq.seqs[seq_id].n_intact, n_intact),
-                        n_prompt });
+            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, laq.intact_from(seq_id, n_prompt), n_prompt });
         });
     } catch (...) {
         restore();

@@ -314,6 +314,13 @@ def go_back_beyond_all_queries(machine: CacheMachine) -> None:
     machine.read(n=300)
 
 
+def read_on_without_queries(machine: CacheMachine) -> None:
+    machine.read(n=200)
+    machine.decode(n=160)
+    machine.go_back(n=45, n_new=200)
+    machine.read(n=300)
+
+
 @dataclass
 class Machines:
     """Makes classes of machines."""
@@ -347,7 +354,12 @@ def test_calls_in_any_order(machines: Machines, setup: Setup) -> None:
 
 @pytest.mark.parametrize(
     "calls",
-    [load_nothing, remove_all_that_is_left, go_back_beyond_all_queries],
+    [
+        load_nothing,
+        remove_all_that_is_left,
+        go_back_beyond_all_queries,
+        read_on_without_queries,
+    ],
     ids=lambda calls: calls.__name__,
 )
 @pytest.mark.parametrize("setup", SETUPS, ids=str)

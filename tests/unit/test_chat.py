@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from laq_gguf import _lib
-from laq_gguf.chat import system_prefix, system_span
+from laq_gguf.chat import system_prefix
 
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -95,9 +95,9 @@ def _handler(formats: Any, name: str) -> Callable[..., Any]:
 
 
 def _text(llama: Any, handler: Callable[..., Any], messages: list, **kwargs: Any) -> str:
-    """The text of the span."""
-    span = system_span(llama, handler, messages, **kwargs)
-    assert span is not None and span[0] == 0
+    """The text of the prefix."""
+    prefix = system_prefix(llama, handler, messages, **kwargs)
+    assert prefix
 
     class Taken(Exception):
         pass
@@ -112,14 +112,13 @@ def _text(llama: Any, handler: Callable[..., Any], messages: list, **kwargs: Any
     prompt = taken.value.args[0]
     if isinstance(prompt, str):
         prompt = llama.tokenize(prompt.encode(), add_bos=llama._model.add_bos_token())
-    assert span[1] < len(prompt)
-    assert system_prefix(llama, handler, messages, **kwargs) == prompt[: span[1]]
-    return llama.detokenize(prompt[: span[1]]).decode("utf-8")
+    assert len(prefix) < len(prompt) and prefix == prompt[: len(prefix)]
+    return llama.detokenize(prefix).decode("utf-8")
 
 
 @pytest.mark.parametrize("name", list(BOUNDARY))
 @pytest.mark.parametrize("n_messages", [2, 4])
-def test_span_ends_where_the_user_begins(formats: Any, name: str, n_messages: int) -> None:
+def test_prefix_ends_where_the_user_begins(formats: Any, name: str, n_messages: int) -> None:
     llama, handler = FakeLlama(), _handler(formats, name)
     messages = CHAT[:n_messages]
     text = _text(llama, handler, messages)
@@ -161,22 +160,21 @@ def test_tools_belong_to_it_where_the_template_puts_them_first(formats: Any) -> 
 
 @pytest.mark.parametrize("messages", [[], [USER], CHAT[1:], [USER, SYSTEM], ["text"]])
 def test_chats_without_a_system_turn(formats: Any, messages: list) -> None:
-    assert system_span(FakeLlama(), _handler(formats, "chatml"), messages) is None
     assert system_prefix(FakeLlama(), _handler(formats, "chatml"), messages) == []
 
 
 def test_template_that_refuses(formats: Any) -> None:
     # no system role at all
-    assert system_span(FakeLlama(), _handler(formats, "mistral"), CHAT) is None
+    assert system_prefix(FakeLlama(), _handler(formats, "mistral"), CHAT) == []
     # these messages: the real call says what is wrong
     broken = [SYSTEM, {"role": "user"}]
-    assert system_span(FakeLlama(), _handler(formats, "chatml"), broken) is None
+    assert system_prefix(FakeLlama(), _handler(formats, "chatml"), broken) == []
 
 
 def test_template_that_drops_the_user(formats: Any) -> None:
     template = "{{ messages[0]['content'] }}"
     handler = formats.Jinja2ChatFormatter(template, "</s>", "<s>").to_chat_handler()
-    assert system_span(FakeLlama(), handler, CHAT) is None
+    assert system_prefix(FakeLlama(), handler, CHAT) == []
 
 
 @pytest.mark.parametrize("name", ["llama-2", "chatml", "zephyr", "llama-3"])
@@ -192,24 +190,24 @@ def test_handlers_that_give_a_text(formats: Any, name: str, add_bos: bool) -> No
     before = copy.deepcopy(chat)
     handler = formats.get_chat_completion_handler(name)
     llama = FakeLlama(add_bos)
-    span = system_span(llama, handler, chat)
+    prefix = system_prefix(llama, handler, chat)
     assert chat == before, "the handler's changes must not reach the caller"
     text = _text(llama, handler, chat[:4])
-    assert span is not None and text.startswith("<s>") == add_bos
+    assert prefix and text.startswith("<s>") == add_bos
     assert SYSTEM["content"] in text and "sky" not in text and llama.touched == []
 
 
 def test_streaming_handlers(formats: Any) -> None:
     handler = _handler(formats, "chatml")
-    expected = system_span(FakeLlama(), handler, CHAT)
-    assert system_span(FakeLlama(), handler, CHAT, stream=True) == expected
+    expected = system_prefix(FakeLlama(), handler, CHAT)
+    assert system_prefix(FakeLlama(), handler, CHAT, stream=True) == expected
 
     def lazy(*, llama: Any, messages: list, stream: bool = False) -> Any:
         if not stream:
             return handler(llama=llama, messages=messages)
         return (chunk for chunk in handler(llama=llama, messages=messages, stream=True))
 
-    assert system_span(FakeLlama(), lazy, CHAT, stream=True) == expected
+    assert system_prefix(FakeLlama(), lazy, CHAT, stream=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -238,7 +236,7 @@ def test_handlers_that_go_another_way(use: Callable[[Any], Any]) -> None:
         except Exception:  # a handler that goes on whatever happens
             llama.eval([1])
 
-    assert system_span(llama, handler, CHAT) is None
+    assert system_prefix(llama, handler, CHAT) == []
     assert llama.touched == [] and not hasattr(llama, "n_tokens")
     assert all(messages != CHAT for messages in rendered), "images of the chat would be loaded"
 
@@ -248,7 +246,7 @@ def test_multimodal_handlers_load_nothing(formats: Any) -> None:
     handler.clip_model_path, handler.verbose, handler.mtmd_ctx = "none", False, None
     handler._mtmd_cpp = importlib.import_module("llama_cpp.mtmd_cpp")
     llama = FakeLlama()
-    assert system_span(llama, handler, CHAT) is None
+    assert system_prefix(llama, handler, CHAT) == []
     assert llama.touched == [] and handler.mtmd_ctx is None
 
 
@@ -258,12 +256,11 @@ def test_real_tokenizer(formats: Any, tiny_gguf: Callable[..., Path]) -> None:
     llama = llama_cpp.Llama(str(tiny_gguf()), vocab_only=True, verbose=False)
     handler = _handler(formats, "chatml")
     for first in ("Why?", " Why?", "\nWhy?", "W", "1"):
-        span = system_span(llama, handler, [SYSTEM, {"role": "user", "content": first}])
-        assert span is not None
+        prefix = system_prefix(llama, handler, [SYSTEM, {"role": "user", "content": first}])
         tokens = llama.tokenize(
             f"<|im_start|>system\n{SYSTEM['content']}{BOUNDARY['chatml']}{first}".encode(),
             add_bos=False, special=True,
         )  # fmt: skip
-        text = llama.detokenize(tokens[: span[1]]).decode()
+        text = llama.detokenize(tokens[: len(prefix)]).decode()
         assert text.strip().endswith(SYSTEM["content"] + BOUNDARY["chatml"].strip())
     llama.close()
