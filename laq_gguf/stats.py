@@ -30,6 +30,7 @@ class KvStats:
         n_pseudo: of these, pseudo tokens decoded ahead and dropped.
         n_evictions: evictions since the context was made.
         score_kernel: "fused" or "composed": what made the last scores; None if nothing was scored.
+        compaction: "graph" or "host": what moves K and V at an eviction, their device or the host.
         ms_probe: milliseconds spent decoding probe tokens, over all evictions.
         ms_lookahead: the same for pseudo tokens.
         ms_score: the same for the scores.
@@ -54,6 +55,7 @@ class KvStats:
     n_pseudo: int
     n_evictions: int
     score_kernel: str | None
+    compaction: str
     ms_probe: float
     ms_lookahead: float
     ms_score: float
@@ -68,10 +70,11 @@ class KvStats:
             stats: the cffi struct.
             scored: whether the policy ranks tokens by attention, so that a kernel ran.
         """
-        names = cls.__dataclass_fields__.keys() - {"pending", "score_kernel"}
+        names = cls.__dataclass_fields__.keys() - {"pending", "score_kernel", "compaction"}
         kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
         return cls(
             **{name: getattr(stats, name) for name in names},
             pending=bool(stats.pending),
             score_kernel=kernel,
+            compaction=("host", "graph")[stats.compact_graph],
         )

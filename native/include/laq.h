@@ -139,6 +139,7 @@ struct laq_stats {
     double   ms_score;
     double   ms_select;
     double   ms_compact;
+    int32_t  compact_graph;  // 1 = K and V are moved by a graph on their device, 0 = by the host
 };
 
 uint32_t     laq_abi_version(void);

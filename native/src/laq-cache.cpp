@@ -1,6 +1,7 @@
 #include "laq-cache.h"
 
 #include "laq-graph.h"
+#include "laq-move.h"
 
 #include "ggml-backend.h"
 #include "llama-impl.h"
@@ -28,6 +29,8 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
 
     init_layers();
     init_rings();
+    by_graph            = laq_moves_by_graph(*this);
+    stats.compact_graph = by_graph;
     for (laq_seq & seq : seqs) {
         seq.pinned = pinned;
     }
@@ -149,6 +152,14 @@ const llama_kv_cells & laq_cache::cells() const {
 
 ggml_tensor * laq_cache::k(uint32_t ikv) const {
     return kv->layers[ikv].k;
+}
+
+ggml_tensor * laq_cache::v(uint32_t ikv) const {
+    return kv->layers[ikv].v;
+}
+
+bool laq_cache::v_trans() const {
+    return kv->v_trans;
 }
 
 uint32_t laq_cache::n_head_kv_max() const {

@@ -111,6 +111,8 @@ struct laq_cache {
     std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
     bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
+    bool by_graph = false;  // K and V are moved by a graph on their device
+
     bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
     std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]
 
@@ -135,6 +137,8 @@ struct laq_cache {
 
     const llama_kv_cells & cells() const;
     ggml_tensor *          k(uint32_t ikv) const;
+    ggml_tensor *          v(uint32_t ikv) const;
+    bool                   v_trans() const;  // a row of V is a channel of all cells, not a cell
 
     // cells in use by a sequence, ordered by position
     std::vector<uint32_t> resident(int32_t seq_id) const;
@@ -195,6 +199,4 @@ struct laq_cache {
     laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
     void     compact(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
                      const laq_kept & kept);
-    void     move_layer(uint32_t ikv, const std::vector<uint32_t> & dst,
-                        const std::vector<std::vector<uint32_t>> & src) const;
 };

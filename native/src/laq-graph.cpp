@@ -3,6 +3,7 @@
 #include "laq-graph.h"
 
 #include "laq-cache.h"
+#include "laq-move.h"
 #include "laq-score.h"
 
 #include "ggml-backend.h"
@@ -75,17 +76,30 @@ void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_ten
 // scores
 //
 
-bool laq_score_fused(const ggml_tensor * op, ggml_backend_buffer_type_t buft, laq_score_kernel kernel) {
-    // the CPU's buffer type names no device
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    if (!dev && ggml_backend_buft_is_host(buft)) {
-        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer) {
+    const ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buffer);
+    if (ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft)) {
+        return dev;
     }
+    return ggml_backend_buft_is_host(buft) ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : nullptr;
+}
 
+void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside) {
+    const ggml_backend_dev_t dev = laq_device_of(beside->buffer);
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_get_device(backend) == dev) {
+            ggml_backend_sched_set_tensor_backend(sched, node, backend);
+            return;
+        }
+    }
+}
+
+bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel) {
     const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
     if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
-        throw laq_error(LAQ_STATUS_UNSUPPORTED, std::string("score_kernel = fused: the backend of ") +
-                                                    ggml_backend_buft_name(buft) +
+        throw laq_error(LAQ_STATUS_UNSUPPORTED, std::string("score_kernel = fused: ") +
+                                                    (dev ? ggml_backend_dev_name(dev) : "the device") +
                                                     " has no such kernel; use score_kernel = auto");
     }
     return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
@@ -121,7 +135,13 @@ struct score_graph {
     std::vector<ggml_tensor *> res;    // per KV layer F32 [n_kv, n_head_kv]
 };
 
-static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_cgraph * gf, int64_t n_kv, int64_t n_q) {
+static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, int64_t n_kv, int64_t n_q) {
+    res.reset();
+    ggml_context *       ctx   = res.get_ctx();
+    ggml_cgraph *        gf    = res.get_gf();
+    ggml_backend_sched_t sched = laq.ctx->get_sched();
+    ggml_backend_sched_reset(sched);
+
     score_graph sg;
     sg.slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_q);
     sg.mask  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n_q);
@@ -134,40 +154,40 @@ static score_graph build_score_graph(laq_cache & laq, ggml_context * ctx, ggml_c
         ggml_tensor *     cache = laq.k(ikv);
 
         ggml_tensor * q = ggml_get_rows(ctx, layer.ring, sg.slots);
-        q               = ggml_reshape_3d(ctx, q, d, layer.n_head, n_q);
-        q               = ggml_permute(ctx, q, 0, 2, 1, 3);
+        laq_graph_place(sched, q, cache);
+        q = ggml_reshape_3d(ctx, q, d, layer.n_head, n_q);
+        q = ggml_permute(ctx, q, 0, 2, 1, 3);
         ggml_tensor * k =
             ggml_view_3d(ctx, cache, d, n_kv, layer.n_head_kv, cache->nb[1], ggml_row_size(cache->type, d), 0);
 
-        ggml_tensor * res = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+        ggml_tensor * out = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
 
-        const bool fused = laq_score_fused(res, ggml_backend_buffer_get_type(cache->buffer),
-                                           (laq_score_kernel) laq.params.score_kernel);
+        const bool fused =
+            laq_score_fused(out, laq_device_of(cache->buffer), (laq_score_kernel) laq.params.score_kernel);
         if (!fused) {
-            res = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+            out = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
         }
         laq.stats.score_fused = fused;
 
-        ggml_set_output(res);
-        ggml_build_forward_expand(gf, res);
-        sg.res.push_back(res);
+        laq_graph_place(sched, out, cache);
+        ggml_set_output(out);
+        ggml_build_forward_expand(gf, out);
+        sg.res.push_back(out);
     }
     return sg;
 }
 
 void laq_graph_reserve(laq_cache & laq) {
+    if (laq.by_graph) {
+        laq_graph_reserve_moves(laq);
+    }
     if (!laq_policy_needs_queries(laq.params) && laq.params.draft != LAQ_DRAFT_SNAPKV) {
         return;
     }
     llm_graph_result * res = laq.ctx->get_gf_res_reserve();
-    res->reset();
-
-    const int64_t n_q = std::max(laq.seqs[0].ring.pos.size(), laq.scratch.pos.size());
-    build_score_graph(laq, res->get_ctx(), res->get_gf(), laq.n_cells(), n_q);
-
-    ggml_backend_sched_t sched = laq.ctx->get_sched();
-    ggml_backend_sched_reset(sched);
-    if (!ggml_backend_sched_reserve(sched, res->get_gf())) {
+    const int64_t      n_q = std::max(laq.seqs[0].ring.pos.size(), laq.scratch.pos.size());
+    build_score_graph(laq, *res, laq.n_cells(), n_q);
+    if (!ggml_backend_sched_reserve(laq.ctx->get_sched(), res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY,
                         "no memory for the score graph: use a smaller kv_staging, kv_budget or window_size");
     }
@@ -222,12 +242,9 @@ std::vector<std::vector<float>> laq_cache::score(const laq_eviction & e, const s
         return {};
     }
     ggml_backend_sched_t sched = ctx->get_sched();
-    ggml_backend_sched_reset(sched);
+    llm_graph_result *   res   = ctx->get_gf_res_reserve();
 
-    llm_graph_result * res = ctx->get_gf_res_reserve();
-    res->reset();
-
-    const score_graph sg = build_score_graph(*this, res->get_ctx(), res->get_gf(), cells().used_max_p1(), obs.size());
+    const score_graph sg = build_score_graph(*this, *res, cells().used_max_p1(), obs.size());
     if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph: use a smaller window_size");
     }

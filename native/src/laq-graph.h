@@ -5,8 +5,15 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+// the device of a buffer; the CPU's buffer type names none
+ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
+
+// Run a node where a tensor of the cache is. Comes after ggml_backend_sched_reset(): by itself the scheduler goes on with
+// the device of the node before, which is another one where layers are split.
+void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
+
 // Whether the fused op runs where the keys are. Throws laq_error if it was asked for and does not.
-bool laq_score_fused(const ggml_tensor * op, ggml_backend_buffer_type_t buft, laq_score_kernel kernel);
+bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel);
 
 // ggml_laq_score() from existing ops, for backends without the kernel; stores the probabilities of all queries
 ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,

@@ -136,7 +136,8 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         ggml_tensor * k     = ggml_permute(c, cache, 0, 2, 1, 3);
 
         ggml_tensor * res   = ggml_laq_score(c, q, k, mask, sinks, a.scale, a.softcap);
-        const bool    fused = laq_score_fused(res, ggml_backend_cpu_buffer_type(), (laq_score_kernel) a.score_kernel);
+        const bool    fused = laq_score_fused(res, ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
+                                              (laq_score_kernel) a.score_kernel);
         if (!fused) {
             res = laq_score_composed(c, q, k, mask, sinks, a.scale, a.softcap);
         }

@@ -16,6 +16,12 @@ from laq_gguf.errors import LaqInvalidError, LaqNativeError
 N_CELLS, BUDGET = 512, 64
 
 
+@pytest.fixture(autouse=True, params=["host", "graph"])
+def compaction(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moves K and V."""
+    monkeypatch.setenv("LAQ_COMPACT", request.param)
+
+
 class Context:
     """A llama_context with a unified cache, attached or not."""
 

@@ -239,7 +239,10 @@ def evict(case, llm, inspector, params, prompt, ahead, model, model_cache) -> No
 
 
 @pytest.mark.parametrize("case", cases.EVICT_CASES, ids=str)
-def test_evictions(native, tiny_model, case) -> None:
+def test_evictions(native, tiny_model, case, monkeypatch) -> None:
+    # each pair of types is moved in both ways
+    compaction = "graph" if case.n_group in (3, 8) else "host"
+    monkeypatch.setenv("LAQ_COMPACT", compaction)
     path = tiny_model(
         n_head=case.n_head, n_head_kv=case.n_head_kv, n_embd_head=case.n_embd_head, n_embd=32
     )
@@ -253,6 +256,7 @@ def test_evictions(native, tiny_model, case) -> None:
     tolerance = logits_nmse(case.type_k, case.type_v, case.flash_attn)
     with opened(case, path) as llm:
         inspector = Inspector(llm, native)
+        assert llm.kv_stats().compaction == compaction
         for text in (prompt, second):
             ahead, tokens = tokens[:8], tokens[8:]
             evict(case, llm, inspector, params, text, ahead, model, model_cache)

@@ -27,6 +27,7 @@ class Setup:
         cache_type: of K and V.
         rules: settings that both have, under one name.
         context: settings of the Llama alone.
+        compaction: what moves K and V.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Setup:
     cache_type: str = "f16"
     rules: dict[str, Any] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
+    compaction: str = "host"
 
     def __str__(self) -> str:
         return self.name
@@ -78,9 +80,15 @@ NO_FA = {"flash_attn": False}
 PSEUDO = {"lookahead": "pseudo"}
 
 SETUPS = (
-    Setup("laq++", "laq++"),
+    Setup("laq++", "laq++", compaction="graph"),
     Setup("laq++ pseudo, f32", "laq++", cache_type="f32", rules=PSEUDO, context=NO_FA),
-    Setup("laq, chunks of 32", "laq", rules={"chunk_size": 32, "probe_size": 20}, context=NO_FA),
+    Setup(
+        "laq, chunks of 32",
+        "laq",
+        rules={"chunk_size": 32, "probe_size": 20},
+        context=NO_FA,
+        compaction="graph",
+    ),
     Setup("laq pseudo, draft snapkv", "laq", rules={**PSEUDO, "draft": "snapkv"}),
     # SnapKV keeps more than the budget: every draft is refused
     Setup("draft beyond the budget", "laq++", 30, rules={**PSEUDO, "draft": "snapkv"}),
@@ -107,6 +115,7 @@ SETUPS = (
             "follow_size": 0,
         },
         context={"n_batch": 48, "n_ubatch": 20, "flash_attn": False},
+        compaction="graph",
     ),
     Setup("full", "full", context={"n_ctx": 512}),
 )

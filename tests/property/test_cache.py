@@ -62,7 +62,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        os.environ["LAQ_COMPACT"] = self.setup.compaction  # restored by `machines`
         self.llm = self.setup.open(self.path)
+        assert self.llm.kv_stats().compaction == self.setup.compaction
         self.mirror = Mirror(
             self.llm, self.native, self.path, self.setup.params, self.setup.tolerance
         )
@@ -343,6 +345,7 @@ def machines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Machines:
     monkeypatch.setenv("LAQ_DEBUG", "1")  # the scores of the last eviction are kept
+    monkeypatch.setenv("LAQ_COMPACT", "host")
     return Machines(native, tiny_gguf("llama", **SHAPE), tmp_path)
 
 
