@@ -44,8 +44,8 @@ def build(
         The library. It is kept in build/emulation under a digest of everything above.
     """
     sources = [*sources, HERE / "simt.cpp"]
-    command = [*compiler().split(), *FLAGS, f"-I{HERE}", *flags]
-    digest = hashlib.sha256("\0".join(command).encode())
+    options = [*FLAGS, f"-I{HERE}", *flags]
+    digest = hashlib.sha256("\0".join([compiler(), *options]).encode())
     for path in (*sources, *read, HERE / "simt.h"):
         digest.update(path.read_bytes())
     for name, text in sorted((texts or {}).items()):
@@ -57,7 +57,8 @@ def build(
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         fresh = folder / f"emulated.{os.getpid()}.so"
-        command += [f"-I{folder}", *map(str, sources), "-o", str(fresh)]
+        command = [*compiler().split(), f"-I{folder}", *options]
+        command += [*map(str, sources), "-o", str(fresh)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
         os.replace(fresh, library)
