@@ -69,7 +69,7 @@ inline void laq_load_f16(device const char * row, int c, threadgroup float4 * ds
     }
 }
 
-// by its bits: not every device has bfloat
+// by its bits: not every compiler has bfloat
 inline void laq_load_bf16(device const char * row, int c, threadgroup float4 * dst) {
     device const ushort4 * src = (device const ushort4 *) row + 4*c;
     for (short i = 0; i < 4; ++i) {
