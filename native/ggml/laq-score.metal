@@ -10,7 +10,8 @@
 // 8 rows against the tile, or against a part of it if there are fewer blocks than SIMD groups. Chunks depend on the
 // number of keys alone, so that results do not depend on the device.
 //
-// Fast math: no infinities in here. A hidden key has the logit LAQ_HIDDEN.
+// Fast math: no infinities in here. A hidden key has the logit LAQ_HIDDEN. It adds to the sum of a row that has seen
+// nothing else, and then drops out: exp(LAQ_HIDDEN - maximum) is 0. The last pass leaves it out.
 
 // this part is read by the host, too
 
@@ -196,12 +197,12 @@ kernel void kernel_laq_score_merge(
         const float sink    = max(sinks[g*args.n_group + r/args.n_q], LAQ_HIDDEN);
         const float top_new = max(top, sink);
 
-        sum = sum*exp(top - top_new) + (sink > LAQ_HIDDEN ? exp(sink - top_new) : 0.0f);
+        sum = sum*exp(top - top_new) + exp(sink - top_new);
         top = top_new;
     }
     if (tiisg == 0) {
-        // a row that is none, or sees nothing: its probabilities become 0
-        lse[g*args.n_rows_pad + r] = r < args.n_rows && sum > 0.0f ? top + log(sum) : -LAQ_HIDDEN;
+        // of a row that is none the probabilities become 0
+        lse[g*args.n_rows_pad + r] = r < args.n_rows ? top + log(sum) : -LAQ_HIDDEN;
     }
 }
 
@@ -287,7 +288,7 @@ void laq_block_stats(
     float sum = 0.0f;
     #pragma unroll
     for (short t = 0; t < 2*KM; ++t) {
-        sum += x[t] > LAQ_HIDDEN ? exp(x[t] - top) : 0.0f;
+        sum += exp(x[t] - top);
     }
     sum += simd_shuffle_xor(sum, 1);
     sum += simd_shuffle_xor(sum, 2);

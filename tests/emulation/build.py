@@ -15,7 +15,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "emulation"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+EMULATOR = (HERE / "simt.cpp", HERE / "simt.h")
+FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{HERE}")
 
 
 def compiler() -> str:
@@ -26,8 +27,29 @@ def compiler() -> str:
     pytest.skip("needs a C++ compiler (CXX)")
 
 
+def digest(*parts: str | Path) -> str:
+    """Of texts, and of what files hold."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.read_bytes() if isinstance(part, Path) else part.encode()
+        total.update(hashlib.sha256(data).digest())
+    return total.hexdigest()[:16]
+
+
+def compile_to(path: Path, *arguments: str | Path) -> Path:
+    """Run the compiler unless its output is there; other processes may do the same."""
+    if not path.exists():
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        command = [*compiler().split(), *FLAGS, *map(str, arguments), "-o", str(fresh)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
+        os.replace(fresh, path)
+    return path
+
+
 def build(
     sources: Sequence[Path],
+    fixed: Sequence[Path] = (),
     read: Sequence[Path] = (),
     texts: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
@@ -35,31 +57,29 @@ def build(
     """Build and load a library.
 
     Args:
-        sources: C++ files; the emulator's is added.
+        sources: C++ files, relative ones from `texts`; the emulator's is added.
+        fixed: C++ files that include none of the texts: they are compiled once for all texts.
         read: files that the sources include, other than the emulator's.
-        texts: more files to write, by name; the folder that holds them is searched first.
+        texts: more files, by name; the folder that holds them is searched first.
         flags: more options of the compiler.
 
     Returns:
         The library. It is kept in build/emulation under a digest of everything above.
     """
-    sources = [*sources, HERE / "simt.cpp"]
-    options = [*FLAGS, f"-I{HERE}", *flags]
-    digest = hashlib.sha256("\0".join([compiler(), *options]).encode())
-    for path in (*sources, *read, HERE / "simt.h"):
-        digest.update(path.read_bytes())
-    for name, text in sorted((texts or {}).items()):
-        digest.update(f"{name}\0{text}".encode())
-    folder = OUT / digest.hexdigest()[:16]
+    texts = dict(sorted((texts or {}).items()))
+    common = (compiler(), *FLAGS, *EMULATOR)
+    files = [path for path in (*sources, *fixed, *read) if path.is_absolute()]
+    folder = OUT / digest(*common, *flags, *map(str, sources), *files, *texts, *texts.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        fresh = folder / f"{name}.{os.getpid()}"
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, folder / name)
+    objects = []
+    for path in (EMULATOR[0], *fixed):
+        name = f"{path.stem}-{digest(*common, *flags, path, *read)}.o"
+        objects.append(compile_to(OUT / name, "-c", *flags, path))
+    made = [folder / path for path in sources]
     library = folder / "emulated.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        fresh = folder / f"emulated.{os.getpid()}.so"
-        command = [*compiler().split(), f"-I{folder}", *options]
-        command += [*map(str, sources), "-o", str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-8000:]}"
-        os.replace(fresh, library)
+    compile_to(library, "-shared", f"-I{folder}", *flags, *made, *objects)
     return ctypes.CDLL(str(library))

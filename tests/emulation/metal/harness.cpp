@@ -1,13 +1,14 @@
-// laq-score.metal and its host side, with an encoder that runs each kernel on the emulator at once
+// ggml-metal for the host side of laq-score.metal: its encoder runs each kernel on the emulator, at once
 
-#include "metal_stdlib"
+#include "kernels.h"
+#include "simt.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "laq-score-metal.h"
 
-#include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -15,61 +16,6 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define __METAL_VERSION__ 310
-#define kernel
-#define device
-#define constant    const
-#define threadgroup
-#define thread
-// inside, so that C's math functions are hidden
-namespace metal {
-#include "laq-score.metal"
-}
-#undef kernel
-#undef device
-#undef constant
-#undef threadgroup
-#undef thread
-
-using namespace metal;
-
-//
-// kernels by name
-//
-
-struct launch {
-    std::vector<unsigned char> args;
-    std::map<int, char *>      buffers;
-
-    const ggml_metal_kargs_laq_score & kargs() const { return *(const ggml_metal_kargs_laq_score *) args.data(); }
-
-    template <typename T> T * buffer(int i) const { return (T *) buffers.at(i); }
-};
-
-typedef void (*launcher)(const launch &, uint3 group, ushort thread, ushort lane, ushort simd);
-
-template <decltype(kernel_laq_score<laq_load_f32, false>) * score>
-static void launch_score(const launch & l, uint3 group, ushort thread, ushort lane, ushort simd) {
-    score(l.kargs(), l.buffer<float>(1), l.buffer<char>(2), l.buffer<float>(3), l.buffer<float2>(4), l.buffer<float>(5),
-          l.buffer<float>(6), (float *) simt::group_memory(), group, thread, lane, simd);
-}
-
-static void launch_queries(const launch & l, uint3 group, ushort, ushort lane, ushort) {
-    kernel_laq_score_queries(l.kargs(), l.buffer<char>(1), l.buffer<float>(2), group, lane);
-}
-
-static void launch_merge(const launch & l, uint3 group, ushort, ushort lane, ushort) {
-    kernel_laq_score_merge(l.kargs(), l.buffer<float2>(1), l.buffer<float>(2), l.buffer<float>(3), group, lane);
-}
-
-#define KERNEL(name, ...) { name, launch_score<__VA_ARGS__> },
-static const std::map<std::string, launcher> KERNELS = {
-    { "kernel_laq_score_queries", launch_queries },
-    { "kernel_laq_score_merge", launch_merge },
-#include "kernels.inc"  // KERNEL(host name, instantiation), from laq-score.metal
-};
-#undef KERNEL
 
 //
 // ggml-metal
@@ -84,12 +30,12 @@ struct ggml_metal_library {
 };
 
 struct ggml_metal_encoder {
-    launch   now;
-    launcher run   = nullptr;
-    size_t   smem  = 0;
-    uint64_t seed  = 0;
-    bool     fresh = true;  // no kernel since the last barrier
-    int      n_run = 0;
+    std::vector<char> args;
+    launch            now   = {};
+    launcher          run   = nullptr;
+    size_t            smem  = 0;
+    uint64_t          seed  = 0;
+    bool              fresh = true;  // no kernel since the last barrier
 };
 
 ggml_metal_pipeline_with_params ggml_metal_library_get_pipeline(ggml_metal_library_t lib, const char * name) {
@@ -102,7 +48,11 @@ ggml_metal_pipeline_with_params ggml_metal_library_get_pipeline(ggml_metal_libra
 
 ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(ggml_metal_library_t lib, const char * base,
                                                                     const char * name, ggml_metal_cv_t) {
-    lib->compiled[name] = { KERNELS.at(base) };
+    const launcher run = find_kernel(base);
+    if (!run) {
+        throw std::runtime_error(std::string("no kernel is named ") + base);
+    }
+    lib->compiled[name] = { run };
     return ggml_metal_library_get_pipeline(lib, name);
 }
 
@@ -111,12 +61,13 @@ void ggml_metal_encoder_set_pipeline(ggml_metal_encoder_t enc, ggml_metal_pipeli
 }
 
 void ggml_metal_encoder_set_bytes(ggml_metal_encoder_t enc, void * data, size_t size, int) {
-    enc->now = {};
-    enc->now.args.assign((unsigned char *) data, (unsigned char *) data + size);
+    enc->args.assign((char *) data, (char *) data + size);
+    enc->now      = {};
+    enc->now.args = enc->args.data();
 }
 
 void ggml_metal_encoder_set_buffer(ggml_metal_encoder_t enc, ggml_metal_buffer_id buffer, int idx) {
-    enc->now.buffers[idx] = (char *) buffer.metal + buffer.offs;
+    enc->now.buffers.at(idx) = (char *) buffer.metal + buffer.offs;
 }
 
 void ggml_metal_encoder_set_threadgroup_memory_size(ggml_metal_encoder_t enc, size_t size, int) {
@@ -134,15 +85,12 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0,
         throw std::runtime_error("a kernel is dispatched without a barrier after the one before");
     }
     enc->fresh = false;
-    enc->n_run++;
 
     simt::options opts;
     opts.seed         = enc->seed;
     opts.group_memory = enc->smem;
-    simt::run({ (uint) tg0, (uint) tg1, (uint) tg2 }, { (uint) n0, (uint) n1, (uint) n2 }, opts, [enc] {
-        const simt::position & p = simt::self();
-        enc->run(enc->now, { p.group.x, p.group.y, p.group.z }, (ushort) p.index, (ushort) p.lane, (ushort) p.simd);
-    });
+    simt::run({ (unsigned) tg0, (unsigned) tg1, (unsigned) tg2 }, { (unsigned) n0, (unsigned) n1, (unsigned) n2 }, opts,
+              [enc] { enc->run(enc->now); });
 }
 
 ggml_metal_buffer_id ggml_metal_buffer_get_id(ggml_metal_buffer_t, const ggml_tensor * t) {
@@ -243,7 +191,7 @@ static int emulate(const score_args & a, float * dst) {
     const guarded sinks(a.sinks, sizeof(float) * a.n_head);
 
     ggml_backend_buffer buffer = {};
-    const auto tensor = [&](ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, void * data) {
+    const auto          tensor = [&](ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, void * data) {
         ggml_tensor t = {};
         t.type        = type;
         t.buffer      = &buffer;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from parity.rows import encode, ggml_type
 HERE = Path(__file__).resolve().parent
 GGML = ROOT / "native" / "ggml"
 SOURCE = GGML / "laq-score.metal"
+HOST = GGML / "laq-score-metal.cpp"
 MAX_SMEM = 32768  # of a thread group, on every Apple GPU
 
 INSTANCE = re.compile(
@@ -47,20 +48,35 @@ def upstream_tree() -> Path:
     pytest.skip("needs llama.cpp's headers: scripts/patch.py prepare")
 
 
-def load(source: str | None = None) -> ctypes.CDLL:
-    """Build the kernel, or another text in its place."""
-    text = SOURCE.read_text(encoding="utf-8") if source is None else source
+def load(edit: tuple[str, str] | None = None, types: Sequence[str] = cases.K_TYPES) -> ctypes.CDLL:
+    """Build the kernel and its host side.
+
+    Args:
+        edit: (text, what to put in its place); the text is in one of the two files, once.
+        types: of K, that are to be built.
+    """
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (SOURCE, HOST)}
+    if edit is not None:
+        assert sum(text.count(edit[0]) for text in texts.values()) == 1, f"once: {edit[0]}"
+        texts = {name: text.replace(*edit) for name, text in texts.items()}
+    named = INSTANCE.findall(texts[SOURCE.name])
+    assert len(named) == 2 * len(cases.K_TYPES)
+    texts["kernels.inc"] = "".join(
+        f'KERNEL("{name}", {instance})\n'
+        for name, instance in named
+        if name.endswith(tuple(f"_{kind}" for kind in types))
+    )
     # two things that no macro can turn into C++: named instantiations (the table has them instead),
     # and an attribute with the name of an address space
-    plain = INSTANCE.sub("", text).replace("[[threadgroup(0)]]", "")
-    table = "".join(f'KERNEL("{name}", {instance})\n' for name, instance in INSTANCE.findall(text))
-    assert table.count("KERNEL") == 2 * len(cases.K_TYPES)
+    plain = INSTANCE.sub("", texts[SOURCE.name])
+    texts[SOURCE.name] = plain.replace("[[threadgroup(0)]]", "")
     tree = upstream_tree() / "ggml"
     include = (HERE, tree / "include", tree / "src", tree / "src/ggml-metal", GGML)
     return build(
-        [HERE / "harness.cpp", GGML / "laq-score-metal.cpp"],
-        read=[HERE / "metal_stdlib", GGML / "laq-score-metal.h"],
-        texts={"laq-score.metal": plain, "kernels.inc": table},
+        [HERE / "kernels.cpp", Path(HOST.name)],
+        fixed=[HERE / "harness.cpp"],
+        read=[HERE / "metal_stdlib", HERE / "kernels.h", GGML / "laq-score-metal.h"],
+        texts=texts,
         flags=[
             "-Wno-attributes",
             "-Wno-unknown-pragmas",
