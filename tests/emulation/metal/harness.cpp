@@ -200,6 +200,10 @@ static int emulate(const score_args & a, float * dst) {
         t.ne[1]       = ne1;
         t.ne[2]       = ne2;
         t.ne[3]       = 1;
+        t.nb[0]       = sizeof(float);
+        t.nb[1]       = t.nb[0] * ne0;
+        t.nb[2]       = t.nb[1] * ne1;
+        t.nb[3]       = t.nb[2] * ne2;
         return t;
     };
 
