@@ -157,7 +157,9 @@ kernel void kernel_laq_score_queries(
     const int r = tgpig.x;
     const int g = tgpig.y;
 
-    device const float * src = (device const float *) (q + (r%args.n_q)*args.nbq1 + (g*args.n_group + r/args.n_q)*args.nbq2);
+    q += (r%args.n_q)*args.nbq1 + (g*args.n_group + r/args.n_q)*args.nbq2;
+
+    device const float * src = (device const float *) q;
     device       float * dst = qs + ((uint64_t) g*args.n_rows_pad + r)*args.n_embd;
 
     for (int c = tiisg; c < args.n_embd; c += 32) {
