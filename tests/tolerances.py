@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# keyed by what K is stored in and what scored it: the backend's fused kernel ("cpu"), or the graph
-# of existing operations on it ("cpu-composed")
+# keyed by what K is stored in and what scored it: the backend's fused kernel ("cpu", "metal"), or
+# the graph of existing operations on it ("cpu-composed")
 SCORE_NMSE: dict[tuple[str, str], float] = {
     # upstream's default for F32 operators; the fused kernel converts K to F32 whatever it is
     ("f32", "cpu"): 1e-7,
@@ -21,6 +21,15 @@ SCORE_NMSE: dict[tuple[str, str], float] = {
     ("q4_1", "cpu"): 1e-7,
     ("q5_0", "cpu"): 1e-7,
     ("q5_1", "cpu"): 1e-7,
+    # on the emulator, whose arithmetic is F32 throughout: 9e-13 at most
+    ("f32", "metal"): 1e-10,
+    ("f16", "metal"): 1e-10,
+    ("bf16", "metal"): 1e-10,
+    ("q8_0", "metal"): 1e-10,
+    ("q4_0", "metal"): 1e-10,
+    ("q4_1", "metal"): 1e-10,
+    ("q5_0", "metal"): 1e-10,
+    ("q5_1", "metal"): 1e-10,
     # mul_mat rounds the queries to the type that K's dot product wants. Rounding them so in the
     # reference alone (logits with a standard deviation of 2) gives the error named with each type.
     ("f32", "cpu-composed"): 1e-7,
