@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
-from .cells import Cells, Tokens
+from .cells import Cells, Layer, Tokens
 from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk
 from .select import PolicyParams, Span, query_range, select_head
 
@@ -109,7 +109,7 @@ class KVCache(Cells):
                 f"tokens"
             )
         if self.n_over == 0:
-            self.n_prompt, self.pending = self.n_tokens, False
+            self.n_prompt, self.pending, self.remembers = self.n_tokens, False, False
             return
         if wants_pseudo and (pseudo is None or len(pseudo) == 0):
             raise ValueError("lookahead 'pseudo' needs the pseudo tokens that follow the prompt")
@@ -182,6 +182,7 @@ class KVCache(Cells):
                 pinned than are to stay. The cache is as before.
         """
         params, n_end = self.params, self.n_tokens
+        self.remembers &= not self.pending  # those were probes of another prompt
         if not 0 <= n_evict <= self.n_over:
             raise ValueError(
                 f"n_evict must be from 0 to {self.n_over}, what lies above the budget "
@@ -207,7 +208,7 @@ class KVCache(Cells):
         first, last = query_range(params, n_end + n_probe, self.n_tokens)
         # a probe shorter than the window does not fall back on what is cached
         queries = (max(first, n_end), last) if probe is not None else (first, last)
-        self._evict(n_keep, n_intact, queries, n_end)
+        self._evict(n_keep, n_intact, queries, n_end, by_probe=probe is not None)
 
     def overflow(self) -> None:
         """Evict down to the budget, scored by the last lookahead_size tokens decoded. Nothing
@@ -243,7 +244,9 @@ class KVCache(Cells):
         """Where the intact suffix begins after an eviction; the window ends at n_prompt."""
         return max(self.n_intact, n_prompt - self.params.window, 0)
 
-    def _evict(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> None:
+    def _evict(
+        self, n_keep: int, n_intact: int, queries: Span, n_end: int, by_probe: bool = False
+    ) -> None:
         """Score and select in every layer.
 
         Args:
@@ -253,6 +256,7 @@ class KVCache(Cells):
                 do; where none is left (they go with tokens that are removed) the newest tokens
                 stay, as under policy "streaming".
             n_end: tokens from this position on are dropped.
+            by_probe: the scores are remembered until the next eviction.
         """
         params = replace(self.params, budget=n_keep)
         # a query of the evicted part would be masked by positions that heads do not share
@@ -268,6 +272,8 @@ class KVCache(Cells):
             if raw is not None:
                 raw = raw[:, :n_kv]
                 scores.append(raw)
+                if params.needs_lookahead and (by_probe or self.remembers):
+                    raw = layer.memory[:, :n_kv] = self._remember(layer, raw, int(used.sum()))
             rows = [
                 select_head(
                     params,
@@ -281,9 +287,22 @@ class KVCache(Cells):
             ]
             kept.append(np.stack(rows))
         self._keep(kept, n_intact)
+        self.remembers = by_probe
         self._keep_queries(self.query_positions < n_end)
         self.n_tokens = n_end
         self.scores = scores
+
+    def _remember(self, layer: Layer, raw: FloatArray, n_queries: int) -> FloatArray:
+        """The mean over the queries, for cells that a probe has looked at before the mean with what
+        they scored then: the prompt that is being read asks for the same each time, and one look
+        alone loses by chance what the next one would have kept.
+        """
+        n_kv = raw.shape[1]
+        mean = (raw / np.float32(n_queries)).astype(np.float32)
+        if not self.remembers:
+            return mean
+        known = layer.positions[:, :n_kv] < self.n_intact
+        return np.where(known, (mean + layer.memory[:, :n_kv]) * np.float32(0.5), mean)
 
     def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
         layer = self.layers[il]

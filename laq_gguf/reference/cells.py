@@ -28,6 +28,7 @@ _STATE = (
     "n_intact",
     "n_evictions",
     "pending",
+    "remembers",
 )
 
 
@@ -51,11 +52,16 @@ class Tokens:
 
 @dataclass
 class Layer:
-    """One layer: positions (n_head_kv, n_resident), k and v (n_head_kv, n_resident, d)."""
+    """One layer: positions (n_head_kv, n_resident), k and v (n_head_kv, n_resident, d).
+
+    memory (n_head_kv, n_resident): what a token scored when a probe last looked, mean over its
+    queries; 0 where none has.
+    """
 
     positions: npt.NDArray[np.int32]
     k: FloatArray
     v: FloatArray
+    memory: FloatArray
 
     def heads(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
         yield from enumerate(self.positions)
@@ -65,6 +71,7 @@ class Layer:
         self.positions = np.take_along_axis(self.positions, index, axis=1)
         self.k = np.take_along_axis(self.k, index[:, :, None], axis=1)
         self.v = np.take_along_axis(self.v, index[:, :, None], axis=1)
+        self.memory = np.take_along_axis(self.memory, index, axis=1)
 
     def append(self, positions: npt.NDArray[np.int32], k: FloatArray, v: FloatArray) -> None:
         """k, v: (n_tokens, n_head_kv, d)."""
@@ -72,6 +79,7 @@ class Layer:
         self.positions = np.concatenate([self.positions, rows], axis=1)
         self.k = np.concatenate([self.k, k.swapaxes(0, 1)], axis=1)
         self.v = np.concatenate([self.v, v.swapaxes(0, 1)], axis=1)
+        self.memory = np.concatenate([self.memory, np.zeros(rows.shape, np.float32)], axis=1)
 
 
 class Cells:
@@ -100,7 +108,7 @@ class Cells:
         """Forget everything."""
         empty = np.zeros((self.n_head_kv, 0, self.n_embd_head), np.float32)
         self.layers = [
-            Layer(np.zeros((self.n_head_kv, 0), np.int32), empty, empty)
+            Layer(np.zeros((self.n_head_kv, 0), np.int32), empty, empty, empty[:, :, 0])
             for _ in range(self.n_layer)
         ]
         self.query_positions = np.zeros(0, np.int32)
@@ -111,6 +119,7 @@ class Cells:
         self.n_intact = 0  # 0 = nothing evicted
         self.n_evictions = 0
         self.pending = False  # an eviction waits for its lookahead queries
+        self.remembers = False  # the last eviction was by a probe of the prompt that is being read
 
     @property
     def n_resident(self) -> int:
@@ -176,6 +185,7 @@ class Cells:
         # when nothing of the intact suffix is left, its beginning is where tokens go on
         last = int(self.layers[0].positions[0].max(initial=-1))
         self.n_tokens = max(last + 1, self.n_intact)
+        self.remembers = False
         if p0 < self.n_prompt:
             self.pending = False  # the prompt that it belonged to is gone
         return True

@@ -237,6 +237,7 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
         check_seq(laq, seq_id);
         laq->seqs[seq_id].pending.reset();
         if (laq->params.policy == LAQ_POLICY_FULL || laq->n_resident(seq_id) <= laq->params.n_kv_budget) {
+            laq->seqs[seq_id].remembers = false;
             return;
         }
         if (!laq_policy_needs_lookahead(laq->params)) {

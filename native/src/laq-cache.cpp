@@ -76,6 +76,7 @@ void laq_cache::init_layers() {
         layer.n_embd_head_v = hparams.n_embd_head_v(src.il);
         layer.softcap       = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
         layer.origin.assign((size_t) layer.n_head_kv * n_cells(), -1);
+        layer.memory.assign((size_t) layer.n_head_kv * n_cells(), 0.0f);
         layers.push_back(std::move(layer));
     }
 }
@@ -280,6 +281,7 @@ void laq_cache::reset(int32_t seq_id) {
     laq_seq & seq = seqs[seq_id];
     seq.n_intact  = 0;
     seq.pending   = std::nullopt;
+    seq.remembers = false;
     if (!keep_rings) {
         seq.ring.forget(0);
     }

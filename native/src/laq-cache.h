@@ -37,6 +37,10 @@ struct laq_layer {
     // [n_head_kv][n_cells]. Valid where the cell table's position is below the n_intact of the cell's sequence.
     std::vector<int32_t> origin;
 
+    // What those tokens scored when a probe last looked, mean over its queries: [n_head_kv][n_cells]. Valid where the
+    // origin is, while the sequence remembers.
+    std::vector<float> memory;
+
     // as the model's own attention has them, known once a graph was built
     float         kq_scale = 0.0f;
     float         softcap  = 0.0f;
@@ -67,6 +71,7 @@ struct laq_seq {
     std::optional<laq_pending> pending;
     std::vector<laq_span>      pinned;
     laq_ring                   ring;
+    bool                       remembers = false;  // the last eviction was by a probe of the prompt that is being read
 };
 
 // the part of a saved state that is ours, of one sequence
@@ -75,12 +80,20 @@ struct laq_saved {
     uint32_t                          n_resident;
     int32_t                           n_intact;
     std::optional<laq_pending>        pending;
+    bool                              remembers;
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
+    std::vector<std::vector<float>>   memory;  // the same; empty if the sequence does not remember
 };
 
 // indices into a list of cells in order of position, per KV layer and KV head, all of one length
 using laq_kept = std::vector<std::vector<std::vector<uint32_t>>>;
+
+// what captured queries attend to: per KV layer [n_head_kv][cells asked for]; empty if no query was held
+struct laq_scores {
+    std::vector<std::vector<float>> rows;
+    uint32_t                        n_queries = 0;
+};
 
 // what one eviction does
 struct laq_eviction {
@@ -158,9 +171,8 @@ struct laq_cache {
     // Score, select, compact: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
     void evict(const laq_eviction & e);
 
-    // The attention of captured queries to the cells of `order`: per KV layer [n_head_kv][order.size()]. Empty if none
-    // of them is held.
-    std::vector<std::vector<float>> score(const laq_eviction & e, const std::vector<uint32_t> & order);
+    // the attention of captured queries to the cells of `order`
+    laq_scores score(const laq_eviction & e, const std::vector<uint32_t> & order);
 
     // run the job, or what the hooks ask for, as an update of the context's memory; throws what went wrong
     void run_update(std::function<void()> job);
@@ -196,7 +208,15 @@ struct laq_cache {
     void init_rings();
 
     // order: all cells of the sequence; own: 1 = no other sequence shares it. Of the rest, nothing moves.
-    laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
-    void     compact(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
-                     const laq_kept & kept);
+    laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
+                    const laq_scores & scores);
+
+    void settle_shared(int32_t seq_id, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
+
+    // the cells that hold what was kept
+    std::vector<uint32_t> compact(const laq_eviction & e, const std::vector<uint32_t> & order,
+                                  const std::vector<uint8_t> & own, const laq_kept & kept);
+
+    // what the cells of `order` scored when a probe looked before joined to what they score now
+    void remember(int32_t seq_id, const std::vector<uint32_t> & order, laq_scores & now) const;
 };

@@ -8,8 +8,8 @@
 
 using cell_list = std::vector<uint32_t>;
 
-void laq_cache::compact(const laq_eviction & e, const cell_list & order, const std::vector<uint8_t> & own,
-                        const laq_kept & kept) {
+cell_list laq_cache::compact(const laq_eviction & e, const cell_list & order, const std::vector<uint8_t> & own,
+                             const laq_kept & kept) {
     llama_kv_cells & table  = kv->v_cells[0];
     const uint32_t   n_kept = kept[0][0].size();
 
@@ -69,4 +69,5 @@ void laq_cache::compact(const laq_eviction & e, const cell_list & order, const s
     }
     // the search for free cells begins behind what was kept
     kv->v_heads[0] = seqs.size() == 1 ? n_kept : 0;
+    return dst;
 }

@@ -24,24 +24,30 @@ static std::vector<uint32_t> keep_of_head(const laq_params & params, uint32_t ik
     return laq_select_keys(p, ikv, h, view, pinned.data());
 }
 
+void laq_cache::remember(int32_t seq_id, const std::vector<uint32_t> & order, laq_scores & now) const {
+    for (uint32_t ikv = 0; ikv < now.rows.size(); ++ikv) {
+        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
+            const float * memory = layers[ikv].memory.data() + (size_t) h * n_cells();
+            float *       s      = now.rows[ikv].data() + h * order.size();
+            for (size_t i = 0; i < order.size(); ++i) {
+                s[i] /= (float) now.n_queries;
+                if (seqs[seq_id].remembers && cells().pos_get(order[i]) < seqs[seq_id].n_intact) {
+                    s[i] = (s[i] + memory[order[i]]) * 0.5f;
+                }
+            }
+        }
+    }
+}
+
 laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> & order,
-                           const std::vector<uint8_t> & own) {
+                           const std::vector<uint8_t> & own, const laq_scores & scores) {
     laq_params p  = params_of(e.seq_id);
     p.n_kv_budget = e.n_keep;
-
-    const int64_t t0 = ggml_time_us();
-
-    std::vector<std::vector<float>> raw;
-    if (laq_policy_needs_queries(p)) {
-        raw = score(e, order);
-    }
-    if (raw.empty() && laq_policy_needs_queries(p)) {
+    if (scores.rows.empty() && laq_policy_needs_queries(p)) {
         LLAMA_LOG_WARN("%s: the queries of the last tokens went with tokens that were removed: the newest ones stay\n",
                        __func__);
         p.policy = LAQ_POLICY_STREAMING;
     }
-
-    const int64_t t1 = ggml_time_us();
 
     // what may stay: the sequence's own cells before n_end, and where they are in `order`
     std::vector<uint32_t> at;
@@ -59,9 +65,9 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
         for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
             for (uint32_t i = 0; i < at.size(); ++i) {
                 pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
-                s[i]   = raw.empty() ? 0.0f : raw[ikv][h * order.size() + at[i]];
+                s[i]   = scores.rows.empty() ? 0.0f : scores.rows[ikv][h * order.size() + at[i]];
             }
-            const float * of_head = raw.empty() ? nullptr : s.data();
+            const float * of_head = scores.rows.empty() ? nullptr : s.data();
             res[ikv].push_back(
                 keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared));
             for (uint32_t & i : res[ikv].back()) {
@@ -69,12 +75,21 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
             }
         }
     }
-    if (debug) {
-        scores = std::move(raw);
-    }
-    stats.ms_score += (t1 - t0) / 1000.0;
-    stats.ms_select += (ggml_time_us() - t1) / 1000.0;
     return res;
+}
+
+// cells that another sequence shares stay: from now on the tables answer for them, too
+void laq_cache::settle_shared(int32_t seq_id, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own) {
+    for (size_t i = 0; i < order.size(); ++i) {
+        for (uint32_t ikv = 0; ikv < layers.size() && !own[i]; ++ikv) {
+            for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
+                const size_t at = (size_t) h * n_cells() + order[i];
+
+                layers[ikv].origin[at] = pos_at(seq_id, ikv, h, order[i]);
+                layers[ikv].memory[at] = 0.0f;
+            }
+        }
+    }
 }
 
 void laq_cache::evict(const laq_eviction & e) {
@@ -85,21 +100,38 @@ void laq_cache::evict(const laq_eviction & e) {
     for (size_t i = 0; i < order.size(); ++i) {
         own[i] = cells().seq_count(order[i]) == 1;
     }
-    const laq_kept kept = select(e, order, own);
+    const int64_t t_begin = ggml_time_us();
 
-    const int64_t t0 = ggml_time_us();
-    for (size_t i = 0; i < order.size(); ++i) {
-        for (uint32_t ikv = 0; ikv < layers.size() && !own[i]; ++ikv) {
-            for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-                layers[ikv].origin[(size_t) h * n_cells() + order[i]] = pos_at(e.seq_id, ikv, h, order[i]);
+    laq_scores now;
+    if (laq_policy_needs_queries(params)) {
+        now = score(e, order);
+    }
+    if (debug) {
+        scores = now.rows;
+    }
+    laq_seq & seq = seqs[e.seq_id];
+    if (laq_policy_needs_lookahead(params) && (e.scratch || seq.remembers)) {
+        remember(e.seq_id, order, now);
+    }
+    const int64_t  t_scored = ggml_time_us();
+    const laq_kept kept     = select(e, order, own, now);
+    const int64_t  t0       = ggml_time_us();
+    settle_shared(e.seq_id, order, own);
+    const std::vector<uint32_t> dst = compact(e, order, own, kept);
+    for (uint32_t ikv = 0; ikv < now.rows.size() && e.scratch; ++ikv) {
+        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
+            float *       memory = layers[ikv].memory.data() + (size_t) h * n_cells();
+            const float * row    = now.rows[ikv].data() + h * order.size();
+            for (size_t i = 0; i < dst.size(); ++i) {
+                memory[dst[i]] = row[kept[ikv][h][i]];
             }
         }
     }
-    compact(e, order, own, kept);
-
-    laq_seq & seq = seqs[e.seq_id];
     seq.n_intact  = e.n_intact;
+    seq.remembers = e.scratch;
     seq.ring.forget(e.n_end);
+    stats.ms_score += (t_scored - t_begin) / 1000.0;
+    stats.ms_select += (t0 - t_scored) / 1000.0;
     stats.ms_compact += (ggml_time_us() - t0) / 1000.0;
     ++stats.n_evictions;
 }

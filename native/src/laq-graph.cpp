@@ -236,7 +236,7 @@ static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_
     ggml_backend_tensor_set(sg.mask, mask.data(), 0, ggml_nbytes(sg.mask));
 }
 
-std::vector<std::vector<float>> laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
+laq_scores laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
     const std::vector<observation> obs = observations(*this, e);
     if (obs.empty()) {
         return {};
@@ -254,13 +254,14 @@ std::vector<std::vector<float>> laq_cache::score(const laq_eviction & e, const s
     }
     ggml_backend_sched_synchronize(sched);
 
-    std::vector<std::vector<float>> out;
-    std::vector<float>              raw;
+    laq_scores         out;
+    std::vector<float> raw;
+    out.n_queries = obs.size();
     for (ggml_tensor * t : sg.res) {
         raw.resize(ggml_nelements(t));
         ggml_backend_tensor_get(t, raw.data(), 0, ggml_nbytes(t));
 
-        std::vector<float> & dst = out.emplace_back();
+        std::vector<float> & dst = out.rows.emplace_back();
         dst.reserve(t->ne[1] * order.size());
         for (int64_t h = 0; h < t->ne[1]; ++h) {
             for (const uint32_t cell : order) {

@@ -45,6 +45,7 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
             case removal::ALL: laq.reset(s); break;
             case removal::SUFFIX:
                 seq.ring.forget(p0);
+                seq.remembers = false;
                 if (seq.pending && p0 < seq.pending->n_prompt) {
                     seq.pending.reset();
                 }

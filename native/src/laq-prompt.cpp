@@ -65,8 +65,10 @@ static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float>
 // drop tokens that were decoded ahead, and their queries
 static void forget_from(laq_cache & laq, int32_t seq_id, int32_t pos) {
     // their cells are gone after an eviction, and still there if something failed
+    const bool remembers = laq.seqs[seq_id].remembers;
     laq.kv->seq_rm(seq_id, pos, -1);
     laq.seqs[seq_id].ring.forget(pos);
+    laq.seqs[seq_id].remembers = remembers;
 }
 
 //
@@ -136,6 +138,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
     }
     // the end of this prompt brings its own eviction; a probe must not pass for the lookahead of the last one
     const auto pending = std::exchange(laq.seqs[seq_id].pending, std::nullopt);
+    laq.seqs[seq_id].remembers &= !pending;
     try {
         make_room_for(laq, seq_id, tokens, n_tokens, chunk);
     } catch (...) {

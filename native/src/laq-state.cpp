@@ -8,7 +8,7 @@
 #include "llama-io.h"
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 2;
+static constexpr uint32_t STATE_VERSION = 3;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -32,7 +32,9 @@ static void write_origin(const laq_cache & laq, llama_io_write_i & io, int32_t s
         }
     }
     put<uint32_t>(io, mixed.size());
+    put<uint32_t>(io, laq.seqs[s].remembers);
     std::vector<int32_t> row(mixed.size());
+    std::vector<float>   memory(laq.seqs[s].remembers ? mixed.size() : 0);
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         put(io, laq.layers[ikv].n_head_kv);
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
@@ -40,6 +42,10 @@ static void write_origin(const laq_cache & laq, llama_io_write_i & io, int32_t s
                 row[i] = laq.pos_at(s, ikv, h, mixed[i]);
             }
             io.write(row.data(), row.size() * sizeof(int32_t));
+            for (size_t i = 0; i < memory.size(); ++i) {
+                memory[i] = laq.layers[ikv].memory[(size_t) h * laq.n_cells() + mixed[i]];
+            }
+            io.write(memory.data(), memory.size() * sizeof(float));
         }
     }
 }
@@ -92,12 +98,20 @@ static void read_origin(const laq_cache & laq, llama_io_read_i & io, laq_saved &
     if (n_mixed > saved.n_resident) {
         refuse("it is damaged");
     }
+    const bool remembers = get<uint32_t>(io) != 0;
+    saved.remembers      = remembers;
     for (const laq_layer & layer : laq.layers) {
         if (get<uint32_t>(io) != layer.n_head_kv) {
             refuse("another number of KV heads");
         }
-        std::vector<int32_t> & pos = saved.origin.emplace_back((size_t) layer.n_head_kv * n_mixed);
-        io.read(pos.data(), pos.size() * sizeof(int32_t));
+        std::vector<int32_t> & pos    = saved.origin.emplace_back((size_t) layer.n_head_kv * n_mixed);
+        std::vector<float> &   memory = saved.memory.emplace_back(remembers ? pos.size() : 0);
+        for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+            io.read(pos.data() + (size_t) h * n_mixed, n_mixed * sizeof(int32_t));
+            if (remembers) {
+                io.read(memory.data() + (size_t) h * n_mixed, n_mixed * sizeof(float));
+            }
+        }
     }
 }
 
@@ -177,6 +191,7 @@ void laq_kv_state_done(laq_cache & laq) {
         laq_seq & seq = laq.seqs[saved.seq_id];
         seq.n_intact  = saved.n_intact;
         seq.pending   = saved.pending;
+        seq.remembers = saved.remembers;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
         }
@@ -187,12 +202,16 @@ void laq_kv_state_done(laq_cache & laq) {
             }
         }
         for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-            const std::vector<int32_t> & pos = saved.origin[ikv];
+            const std::vector<int32_t> & pos    = saved.origin[ikv];
+            const std::vector<float> &   memory = saved.memory[ikv];
             if (pos.size() != mixed.size() * laq.layers[ikv].n_head_kv) {
                 refuse("it is damaged");
             }
             for (size_t i = 0; i < pos.size(); ++i) {
-                laq.layers[ikv].origin[(i / mixed.size()) * laq.n_cells() + mixed[i % mixed.size()]] = pos[i];
+                const size_t at = (i / mixed.size()) * laq.n_cells() + mixed[i % mixed.size()];
+
+                laq.layers[ikv].origin[at] = pos[i];
+                laq.layers[ikv].memory[at] = memory.empty() ? 0.0f : memory[i];
             }
         }
     }

@@ -68,6 +68,32 @@ def test_a_short_probe_scores_alone_by_hand() -> None:
     assert cache.positions.tolist() == [[[0, 1, 3, 4]]]
 
 
+@pytest.mark.parametrize("removed", (False, True))
+def test_what_a_probe_saw_counts_at_the_next_one_by_hand(removed: bool) -> None:
+    cache = narrow(9, 3, policy="laq")
+    cache.append(FIVE)
+    cache.make_room(1, row([0, LN4], [-1, 1]), 1)
+    # of the kept ones 0 2 3 4, each over 13: 1 2 3 1. 4 is of the intact suffix: not known
+    np.testing.assert_allclose(cache.layers[0].memory * 13, [[1, 2, 3, 1]], rtol=1e-6)
+    cache.append(row([0, 0], [1, 1]))
+    if removed:  # another prompt goes on from here
+        cache.append(row([0], [1]))
+        assert cache.remove(7)
+    # pseudo token at 8: q = -1, weights 1 1/2 1/3 1 1 1 1 1, sum 41/6
+    cache.make_room(1, row([0, 0], [-1, -1]), 1)
+    np.testing.assert_allclose(cache.scores[0] * 41, [[6, 3, 2, 6, 6, 6]], rtol=1e-6)
+    # 0 and 6 are pinned, 4 and 5 have 6/41. 2: (3/41 + 2/13) / 2 < 3: (2/41 + 3/13) / 2
+    kept = 2 if removed else 3
+    assert cache.positions.tolist() == [[[0, kept, 4, 5, 6]]]
+    want = 3 / 41 if removed else (2 / 41 + 3 / 13) / 2
+    np.testing.assert_allclose(cache.layers[0].memory[0, 1], want, rtol=1e-6)
+    cache.prompt_end()
+    assert cache.remembers
+    cache.append(row([0], [1]))
+    cache.flush()
+    assert (cache.n_resident, cache.remembers) == (3, False)
+
+
 def test_room_without_a_probe_by_hand() -> None:
     # snapkv: the last query of what is cached, q = 1 at 4: weights 1 1 2 3 1, sum 8
     cache = narrow(8, 3, policy="snapkv")
