@@ -14,6 +14,8 @@
 
 #include <cmath>
 
+constexpr int LAQ_MASK_WARPS = 4;  // of a block
+
 constexpr float LAQ_LOG2E  = 1.4426950408889634f;
 constexpr float LAQ_LOWEST = -1e30f;  // finite: -inf - -inf is no number
 
@@ -27,9 +29,9 @@ static LAQ_HOST_DEVICE int laq_tiles(int n_kv) {
     return (n_kv + LAQ_TILE - 1) / LAQ_TILE;
 }
 
-static __global__ void __launch_bounds__(LAQ_THREADS) laq_mask_kernel(const laq_score_params p) {
+static __global__ void __launch_bounds__(32 * LAQ_MASK_WARPS) laq_mask_kernel(const laq_score_params p) {
     const int lane = threadIdx.x % 32;
-    const int tile = blockIdx.x * LAQ_WARPS + threadIdx.x / 32;
+    const int tile = blockIdx.x * LAQ_MASK_WARPS + threadIdx.x / 32;
     const int key  = tile * LAQ_TILE + lane;
 
     bool masked  = false;
@@ -60,7 +62,7 @@ LAQ_DEVICE void laq_prefetch_tile(const laq_score_params & p, int head_kv, int t
         return;
     }
     const char * row = p.k + head_kv * p.nbk2 + key * p.nbk1;
-    for (const char * line = row - (uintptr_t) row % 128; line < row + p.row_bytes; line += 128) {
+    for (const char * line = row - (uintptr_t) row % 64; line < row + p.row_bytes; line += 64) {
         laq_prefetch(line);
     }
 }
@@ -167,17 +169,17 @@ LAQ_DEVICE void laq_add(float & max, float & sum, float x0, float x1, float x2, 
     max = top;
 }
 
-// grid: row tiles * parts / LAQ_WARPS, KV heads. Blocks of one share of the keys start together, so that only the first
+// grid: row tiles * shares of the keys, KV heads. Blocks of one share of the keys start together, so that only the first
 // of them reads memory.
 template <typename D, int NT>
-static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_stats_kernel(const laq_score_params p) {
+static __global__ void __launch_bounds__(32 * D::WARPS, 1) laq_stats_kernel(const laq_score_params p) {
     LAQ_SHARED(shared);
     laq_rows<D, NT> rows(p, shared);
 
     const int lane    = threadIdx.x % 32;
     const int head_kv = blockIdx.y;
     const int row_0   = blockIdx.x % (p.n_rows_pad / (8 * NT)) * 8 * NT;
-    const int part    = blockIdx.x / (p.n_rows_pad / (8 * NT)) * LAQ_WARPS + threadIdx.x / 32;
+    const int part    = blockIdx.x / (p.n_rows_pad / (8 * NT)) * D::WARPS + threadIdx.x / 32;
 
     rows.stage(p, head_kv, row_0, false);
     laq_sync_block();
@@ -186,7 +188,7 @@ static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_stats_k
     float4 * stats = (float4 *) (rows.query + 8 * NT) + threadIdx.x;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        stats[n * LAQ_THREADS] = { LAQ_LOWEST, LAQ_LOWEST, 0.0f, 0.0f };
+        stats[n * 32 * D::WARPS] = { LAQ_LOWEST, LAQ_LOWEST, 0.0f, 0.0f };
     }
 #pragma unroll 1
     for (int tile = part; tile < laq_tiles(p.n_kv); tile += p.n_parts) {
@@ -198,15 +200,15 @@ static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_stats_k
         laq_logits<D, NT>(p, head_kv, tile, lane, rows, acc);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            float4 x = stats[n * LAQ_THREADS];
+            float4 x = stats[n * 32 * D::WARPS];
             laq_add(x.x, x.z, acc[0][n][0], acc[0][n][2], acc[1][n][0], acc[1][n][2]);
             laq_add(x.y, x.w, acc[0][n][1], acc[0][n][3], acc[1][n][1], acc[1][n][3]);
-            stats[n * LAQ_THREADS] = x;
+            stats[n * 32 * D::WARPS] = x;
         }
     }
 #pragma unroll 1
     for (int n = 0; n < NT; ++n) {
-        float4 x = stats[n * LAQ_THREADS];
+        float4 x = stats[n * 32 * D::WARPS];
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) {
             const float4 y = { laq_shfl_xor(x.x, offset), laq_shfl_xor(x.y, offset), laq_shfl_xor(x.z, offset),
@@ -283,7 +285,7 @@ LAQ_DEVICE void laq_score_tile(const laq_score_params & p, int head_kv, int tile
 
 // grid: shares of the keys, KV heads
 template <typename D, int NT>
-static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_scores_kernel(const laq_score_params p) {
+static __global__ void __launch_bounds__(32 * D::WARPS, 1) laq_scores_kernel(const laq_score_params p) {
     LAQ_SHARED(shared);
     laq_rows<D, NT> rows(p, shared);
 
@@ -293,7 +295,7 @@ static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_scores_
     const bool many    = p.n_rows_pad > 8 * NT;
     // tiles of a warp for each time that the queries of a row tile are staged
     const int n_each = many ? 2 : 1;
-    const int n_step = LAQ_WARPS * n_each;
+    const int n_step = D::WARPS * n_each;
 
     bool staged = false;
 #pragma unroll 1
@@ -307,7 +309,7 @@ static __global__ void __launch_bounds__(LAQ_THREADS, D::MIN_BLOCKS) laq_scores_
                 staged = true;
             }
 #pragma unroll 1
-            for (int i = i_0 + threadIdx.x / 32; i < i_0 + n_step && i < n_tiles; i += LAQ_WARPS) {
+            for (int i = i_0 + threadIdx.x / 32; i < i_0 + n_step && i < n_tiles; i += D::WARPS) {
                 // backwards: what pass 1 read last may still be in the L2 cache
                 const int tile = n_tiles - 1 - i;
                 if (row_0 == 0) {

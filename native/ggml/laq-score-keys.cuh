@@ -15,10 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int LAQ_WARPS   = 4;  // of a block
-constexpr int LAQ_THREADS = LAQ_WARPS * 32;
-constexpr int LAQ_TILE    = 32;  // keys of a warp
-constexpr int LAQ_CHUNK   = 32;  // elements of a key: the block of the quantized types
+constexpr int LAQ_TILE  = 32;  // keys of a warp
+constexpr int LAQ_CHUNK = 32;  // elements of a key: the block of the quantized types
 
 struct laq_score_params {
     const char *  q;      // F32 [n_embd, n_q, n_head]
@@ -250,8 +248,10 @@ LAQ_DEVICE void laq_mma(float (&c)[4], bool bf16, uint32_t a0, uint32_t a1, uint
 }
 
 // Keys of 16-bit numbers K; each query element is the sum of two such numbers, which together have about twice the bits.
+// BF16 stays BF16, for its range. Scaled queries must be in the range of K, 65504 for F16.
 template <typename K> struct laq_tensor {
-    static constexpr int MIN_BLOCKS = 3;  // of an SM: at most 168 registers, and two warps compute while one waits
+    // of a block, and of an SM: they share the queries. At most 168 registers each; two of three compute while one waits.
+    static constexpr int WARPS = 12;
 
     // 16-byte units of shared memory for the queries of a row tile
     static LAQ_HOST_DEVICE int size(int nt, int n_embd) { return laq_chunks(n_embd) * nt * 64; }
@@ -276,7 +276,7 @@ template <typename K> struct laq_tensor {
     template <int NT>
     static LAQ_INLINE void stage(const laq_score_params & p, int head_kv, int row_0, int thread, uint4 * queries) {
         const int n = laq_chunks(p.n_embd) * NT * 32;
-        for (int i = thread; i < n; i += LAQ_THREADS) {
+        for (int i = thread; i < n; i += 32 * WARPS) {
             const int t   = i % 4;
             const int row = row_0 + i / 4 % (8 * NT);
             const int e   = i / (32 * NT) * LAQ_CHUNK;
@@ -324,13 +324,17 @@ template <typename K> struct laq_tensor {
                 const uint4 hi = b[n * 64];
                 const uint4 lo = b[n * 64 + 32];
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
+                for (int i = 0; i < 8; ++i) {
+                    // neighbours are independent: the sums of one half of the keys, then of the other
+                    const int     m  = i % 2;
                     const uint4 & a0 = a[2 * m];
                     const uint4 & a1 = a[2 * m + 1];
-                    laq_mma(acc[m][n], K::BF16, a0.x, a1.x, a0.y, a1.y, hi.x, hi.y);
-                    laq_mma(acc[m][n], K::BF16, a0.z, a1.z, a0.w, a1.w, hi.z, hi.w);
-                    laq_mma(acc[m][n], K::BF16, a0.x, a1.x, a0.y, a1.y, lo.x, lo.y);
-                    laq_mma(acc[m][n], K::BF16, a0.z, a1.z, a0.w, a1.w, lo.z, lo.w);
+                    const uint4 & x  = i < 4 ? hi : lo;
+                    if (i / 2 % 2 == 0) {
+                        laq_mma(acc[m][n], K::BF16, a0.x, a1.x, a0.y, a1.y, x.x, x.y);
+                    } else {
+                        laq_mma(acc[m][n], K::BF16, a0.z, a1.z, a0.w, a1.w, x.z, x.w);
+                    }
                 }
             }
         }
@@ -355,7 +359,7 @@ struct laq_wide_bf16 {
 };
 
 template <typename K> struct laq_fma {
-    static constexpr int MIN_BLOCKS = 2;
+    static constexpr int WARPS = 8;
 
     // rows of shared memory, in float4: rows 2t of the lanes of a quad lie in different banks
     static LAQ_HOST_DEVICE int stride(int n_embd) { return laq_chunks(n_embd) * (LAQ_CHUNK / 4) + 1; }
@@ -366,7 +370,7 @@ template <typename K> struct laq_fma {
     static LAQ_INLINE void stage(const laq_score_params & p, int head_kv, int row_0, int thread, uint4 * queries) {
         float4 *  dst = (float4 *) queries;
         const int n4  = p.n_embd / 4;
-        for (int i = thread; i < 8 * NT * n4; i += LAQ_THREADS) {
+        for (int i = thread; i < 8 * NT * n4; i += 32 * WARPS) {
             const int row = i / n4;
             const int e4  = i % n4;
 

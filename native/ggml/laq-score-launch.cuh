@@ -4,7 +4,7 @@
 //
 //   size_t max_shared                           bytes of shared memory that a block can have
 //   bool   mma_bf16                             the tensor cores take BF16
-//   int    n_resident(kernel, shared)           blocks that run at the same time
+//   int    n_resident(kernel, threads, shared)  blocks that run at the same time
 //   auto   alloc<T>(n)                          memory for as long as the object lives; .get()
 //   void   launch(kernel, x, y, threads, shared, params)
 
@@ -30,7 +30,7 @@ static inline void laq_set_scale(laq_score_params & p, float scale, float softca
 
 template <typename D> static size_t laq_shared_bytes(int nt, int n_embd) {
     const size_t rows  = D::size(nt, n_embd) * sizeof(uint4) + 8 * nt * (sizeof(float) + sizeof(int));
-    const size_t stats = nt * LAQ_THREADS * sizeof(float4);
+    const size_t stats = nt * 32 * D::WARPS * sizeof(float4);
     return rows + stats;
 }
 
@@ -49,21 +49,36 @@ template <typename D> static int laq_pick_nt(int n_rows, int n_embd, size_t max_
     return best;
 }
 
+// Into how many shares the keys of a head and row tile go: n_steps of a block in all, n_others heads and row tiles,
+// n_resident blocks at a time. A block costs its steps and about one more for its queries; of equals, most blocks.
+static inline int laq_shares(int n_steps, int n_others, int n_resident) {
+    int     best      = 1;
+    int64_t best_cost = INT64_MAX;
+    for (int n = 1; n <= std::min(n_steps, 2 * n_resident / n_others + 4); ++n) {
+        const int64_t n_waves = ((int64_t) n * n_others + n_resident - 1) / n_resident;
+        const int64_t cost    = n_waves * ((n_steps + n - 1) / n + 1);
+        if (cost <= best_cost) {
+            best      = n;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
 template <typename D, int NT, typename L> void laq_run(L & l, laq_score_params p) {
     const int    n_tiles     = laq_tiles(p.n_kv);
     const int    n_row_tiles = (p.n_rows + 8 * NT - 1) / (8 * NT);
-    const int    n_blocks    = (n_tiles + LAQ_WARPS - 1) / LAQ_WARPS;
+    const int    n_threads   = 32 * D::WARPS;
     const size_t shared      = laq_shared_bytes<D>(NT, p.n_embd);
 
-    // as many shares of the keys as fill the device once
-    const auto shares = [&](int n_resident, int n_others) {
-        return std::max(1, std::min(n_blocks, n_resident / n_others));
+    const auto shares = [&](void (*kernel)(laq_score_params), int n_others) {
+        return laq_shares((n_tiles + D::WARPS - 1) / D::WARPS, n_others, l.n_resident(kernel, n_threads, shared));
     };
-    const int n_1 = shares(l.n_resident(laq_stats_kernel<D, NT>, shared), n_row_tiles * p.n_head_kv);
-    const int n_2 = shares(l.n_resident(laq_scores_kernel<D, NT>, shared), p.n_head_kv);
+    const int n_1 = shares(laq_stats_kernel<D, NT>, n_row_tiles * p.n_head_kv);
+    const int n_2 = shares(laq_scores_kernel<D, NT>, p.n_head_kv);
 
     p.n_rows_pad = n_row_tiles * 8 * NT;
-    p.n_parts    = n_1 * LAQ_WARPS;
+    p.n_parts    = n_1 * D::WARPS;
 
     const size_t n_rows = (size_t) p.n_head_kv * p.n_rows_pad;
 
@@ -76,11 +91,11 @@ template <typename D, int NT, typename L> void laq_run(L & l, laq_score_params p
     p.tiles = p.mask ? tiles.get() : nullptr;
 
     if (p.mask) {
-        l.launch(laq_mask_kernel, n_blocks, 1, LAQ_THREADS, 0, p);
+        l.launch(laq_mask_kernel, (n_tiles + LAQ_MASK_WARPS - 1) / LAQ_MASK_WARPS, 1, 32 * LAQ_MASK_WARPS, 0, p);
     }
-    l.launch(laq_stats_kernel<D, NT>, n_row_tiles * n_1, p.n_head_kv, LAQ_THREADS, shared, p);
+    l.launch(laq_stats_kernel<D, NT>, n_row_tiles * n_1, p.n_head_kv, n_threads, shared, p);
     l.launch(laq_merge_kernel, p.n_rows_pad, p.n_head_kv, 32, 0, p);
-    l.launch(laq_scores_kernel<D, NT>, n_2, p.n_head_kv, LAQ_THREADS, shared, p);
+    l.launch(laq_scores_kernel<D, NT>, n_2, p.n_head_kv, n_threads, shared, p);
 }
 
 template <typename D, typename L> bool laq_run(L & l, const laq_score_params & p, bool dry) {

@@ -22,11 +22,12 @@ struct laq_cuda {
         n_sm       = info.nsm;
     }
 
-    int n_resident(void (*kernel)(laq_score_params), size_t shared) const {
+    int n_resident(void (*kernel)(laq_score_params), int threads, size_t shared) const {
         CUDA_CHECK(
             cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) shared));
         int n_blocks = 0;
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_blocks, kernel, LAQ_THREADS, shared));
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_blocks, kernel, threads, shared));
+        GGML_ASSERT(n_blocks > 0);
         return n_sm * n_blocks;
     }
 

@@ -12,7 +12,7 @@ struct launcher {
     size_t max_shared;
     bool   mma_bf16;
 
-    int n_resident(void (*)(laq_score_params), size_t) const { return 1; }
+    int n_resident(void (*)(laq_score_params), int, size_t) const { return 1; }
 
     template <typename T> memory<T> alloc(size_t) const { return {}; }
 

@@ -37,7 +37,7 @@ struct launcher {
     int      n_blocks;
     uint64_t seed;
 
-    int n_resident(void (*)(laq_score_params), size_t) const { return n_blocks; }
+    int n_resident(void (*)(laq_score_params), int, size_t) const { return n_blocks; }
 
     template <typename T> memory<T> alloc(size_t n) const { return memory<T>(n); }
 
