@@ -12,7 +12,13 @@
 #define LAQ_HOST_DEVICE  __host__ __device__ __forceinline__
 #define LAQ_SHARED(name) extern __shared__ uint4 name[]
 
-// sm_75 has half of the instruction for F16, and none for BF16: kernels with it are never launched there
+// sm_75 has half of the instruction for F16 and none for BF16, earlier ones have neither. What is not there does nothing:
+// kernels that need it are never launched.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 750
+#    define LAQ_SM_75 1
+#else
+#    define LAQ_SM_75 0
+#endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #    define LAQ_SM_80 1
 #else
@@ -76,8 +82,13 @@ LAQ_DEVICE float2 laq_unpack_f16(uint32_t x) {
 }
 
 LAQ_DEVICE uint32_t laq_pack_bf16(float x, float y) {
+#if LAQ_SM_80
     const __nv_bfloat162 res = __floats2bfloat162_rn(x, y);
     return reinterpret_cast<const uint32_t &>(res);
+#else
+    (void) x, (void) y;
+    return 0;
+#endif
 }
 
 LAQ_DEVICE float2 laq_unpack_bf16(uint32_t x) {
@@ -85,14 +96,24 @@ LAQ_DEVICE float2 laq_unpack_bf16(uint32_t x) {
 }
 
 LAQ_DEVICE uint32_t laq_add_f16(uint32_t x, uint32_t y) {
+#if LAQ_SM_75
     const __half2 res = __hadd2(reinterpret_cast<const __half2 &>(x), reinterpret_cast<const __half2 &>(y));
     return reinterpret_cast<const uint32_t &>(res);
+#else
+    (void) x, (void) y;
+    return 0;
+#endif
 }
 
 LAQ_DEVICE uint32_t laq_fma_f16(uint32_t x, uint32_t y, uint32_t z) {
+#if LAQ_SM_75
     const __half2 res = __hfma2(reinterpret_cast<const __half2 &>(x), reinterpret_cast<const __half2 &>(y),
                                 reinterpret_cast<const __half2 &>(z));
     return reinterpret_cast<const uint32_t &>(res);
+#else
+    (void) x, (void) y, (void) z;
+    return 0;
+#endif
 }
 
 // c += a b on the tensor cores, sums in F32. With lane = 4 g + t and two numbers in each of a and b:
@@ -101,9 +122,13 @@ LAQ_DEVICE uint32_t laq_fma_f16(uint32_t x, uint32_t y, uint32_t z) {
 //   c:     (g, 2t), (g, 2t+1), (g + 8, 2t), (g + 8, 2t+1)
 
 LAQ_DEVICE void laq_mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+#if LAQ_SM_75
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(b0));
+#else
+    (void) c, (void) a0, (void) a1, (void) b0;
+#endif
 }
 
 LAQ_DEVICE void laq_mma_f16_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -109,10 +109,12 @@ void ggml_cuda_laq_score(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.sinks = dst->src[3] ? (const float *) dst->src[3]->data : nullptr;
     p.res   = (float *) dst->data;
 
-    laq_key_type type = laq_key_type::F32;
-    GGML_ASSERT(key_type(dst->src[1]->type, type));
+    laq_key_type type  = laq_key_type::F32;
+    const bool   known = key_type(dst->src[1]->type, type);
+    GGML_ASSERT(known);
 
     laq_cuda cuda(ctx.device);
-    cuda.ctx = &ctx;
-    GGML_ASSERT(laq_run(cuda, type, p, false));
+    cuda.ctx        = &ctx;
+    const bool fits = laq_run(cuda, type, p, false);
+    GGML_ASSERT(fits);
 }
