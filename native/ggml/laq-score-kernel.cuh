@@ -20,8 +20,8 @@ constexpr float LAQ_LOG2E  = 1.4426950408889634f;
 constexpr float LAQ_LOWEST = -1e30f;  // finite: -inf - -inf is no number
 
 enum laq_tile_state : uint8_t {
-    LAQ_TILE_PLAIN,  // the mask is zero
-    LAQ_TILE_MASKED,
+    LAQ_TILE_PLAIN,   // the mask is zero
+    LAQ_TILE_MASKED,  // it is to be added
     LAQ_TILE_HIDDEN,  // no query sees a key of it
 };
 
@@ -58,7 +58,7 @@ LAQ_DEVICE laq_tile_state laq_state(const laq_score_params & p, int tile) {
 
 LAQ_DEVICE void laq_prefetch_tile(const laq_score_params & p, int head_kv, int tile, int lane) {
     const int key = tile * LAQ_TILE + lane;
-    if (tile < 0 || key >= p.n_kv) {
+    if (tile < 0 || key >= p.n_kv || laq_state(p, tile) == LAQ_TILE_HIDDEN) {
         return;
     }
     const char * row = p.k + head_kv * p.nbk2 + key * p.nbk1;
@@ -169,8 +169,8 @@ LAQ_DEVICE void laq_add(float & max, float & sum, float x0, float x1, float x2, 
     max = top;
 }
 
-// grid: row tiles * shares of the keys, KV heads. Blocks of one share of the keys start together, so that only the first
-// of them reads memory.
+// grid: row tiles * shares of the keys, KV heads. Blocks of one share of the keys start together, so that what one of
+// them read from memory, the others find in the L2 cache.
 template <typename D, int NT>
 static __global__ void __launch_bounds__(32 * D::WARPS, 1) laq_stats_kernel(const laq_score_params p) {
     LAQ_SHARED(shared);
@@ -184,7 +184,7 @@ static __global__ void __launch_bounds__(32 * D::WARPS, 1) laq_stats_kernel(cons
     rows.stage(p, head_kv, row_0, false);
     laq_sync_block();
 
-    // of the rows of a thread: two maxima, two sums. They are not in registers, so that more blocks fit.
+    // of the rows of a thread: two maxima, two sums. The registers are taken by the logits.
     float4 * stats = (float4 *) (rows.query + 8 * NT) + threadIdx.x;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
