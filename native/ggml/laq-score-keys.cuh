@@ -293,6 +293,14 @@ template <typename K> struct laq_tensor {
         }
     }
 
+    static LAQ_INLINE void load(const laq_score_params & p, const laq_key_rows & keys, int chunk, int t,
+                                typename K::raw (&res)[4]) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            res[r] = K::load(keys.row(p, r), chunk, t, p.n_embd);
+        }
+    }
+
     // acc = K q for the keys 8 r + g of a tile, r = 0..3
     template <int NT>
     static LAQ_INLINE void dots(const laq_score_params & p, const laq_key_rows & keys, const uint4 * queries, int lane,
@@ -300,23 +308,25 @@ template <typename K> struct laq_tensor {
         const int t        = lane % 4;
         const int n_chunks = laq_chunks(p.n_embd);
 
+        // the next chunk is on its way while this one is multiplied; code for sm_75 has no registers for that
+        const bool ahead = LAQ_SM_80;
+
         typename K::raw next[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            next[r] = K::load(keys.row(p, r), 0, t, p.n_embd);
+        if (ahead) {
+            load(p, keys, 0, t, next);
         }
 #pragma unroll 1
         for (int c = 0; c < n_chunks; ++c) {
+            if (!ahead) {
+                load(p, keys, c, t, next);
+            }
             uint4 a[4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 a[r] = K::unpack(next[r], t);
             }
-            if (c + 1 < n_chunks) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    next[r] = K::load(keys.row(p, r), c + 1, t, p.n_embd);
-                }
+            if (ahead && c + 1 < n_chunks) {
+                load(p, keys, c + 1, t, next);
             }
             const uint4 * b = queries + c * NT * 64 + lane;
 #pragma unroll
