@@ -300,7 +300,8 @@ def test_sanitized() -> None:
 
 def native_sources() -> list[Path]:
     """The C++ files that clang-format looks after."""
-    folders = [ROOT / "native", ROOT / "tests" / "native", ROOT / "tests" / "emulation"]
+    tests = ("backend", "cuda", "emulation", "native")
+    folders = [ROOT / "native", *(ROOT / "tests" / name for name in tests)]
     found = [path for folder in folders for path in folder.rglob("*")]
     return sorted(path for path in found if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 

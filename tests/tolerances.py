@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# keyed by what K is stored in and what scored it: the backend's fused kernel ("cpu", "metal"), or
-# the graph of existing operations on it ("cpu-composed")
+# keyed by what K is stored in and what scored it: a backend's fused kernel ("cpu", "cuda", "metal"),
+# or the graph of existing operations on it ("cpu-composed")
 SCORE_NMSE: dict[tuple[str, str], float] = {
     # upstream's default for F32 operators; the fused kernel converts K to F32 whatever it is
     ("f32", "cpu"): 1e-7,
@@ -30,6 +30,16 @@ SCORE_NMSE: dict[tuple[str, str], float] = {
     ("q4_1", "metal"): 1e-10,
     ("q5_0", "metal"): 1e-10,
     ("q5_1", "metal"): 1e-10,
+    # two F16 or BF16 numbers for each query element, sums in F32; on the emulator at most 6e-12
+    ("f32", "cuda"): 1e-7,
+    ("f16", "cuda"): 1e-7,
+    ("bf16", "cuda"): 1e-7,
+    # K is rounded once more, to F16; on the emulator at most 7e-8
+    ("q8_0", "cuda"): 1e-6,
+    ("q4_0", "cuda"): 1e-6,
+    ("q4_1", "cuda"): 1e-6,
+    ("q5_0", "cuda"): 1e-6,
+    ("q5_1", "cuda"): 1e-6,
     # mul_mat rounds the queries to the type that K's dot product wants. Rounding them so in the
     # reference alone (logits with a standard deviation of 2) gives the error named with each type.
     ("f32", "cpu-composed"): 1e-7,
