@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# keyed by what K is stored in and what scored it: a backend's fused kernel ("cpu", "cuda", "metal"),
-# or the graph of existing operations on it ("cpu-composed")
+# keyed by what K is stored in and what scored it: a backend's fused kernel ("cpu", "cuda",
+# "metal"), or the graph of existing operations on it ("cpu-composed")
 SCORE_NMSE: dict[tuple[str, str], float] = {
     # upstream's default for F32 operators; the fused kernel converts K to F32 whatever it is
     ("f32", "cpu"): 1e-7,
