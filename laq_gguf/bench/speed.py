@@ -27,6 +27,10 @@ from laq_gguf.bench.worker import Worker, WorkerError
 # steps not counted: after a prompt (beyond the lookahead and the eviction), and in each round
 N_WARM_UP = 4
 
+# most that the first token may take, as a share of stock's time: where the prompt fits the cells,
+# and where it is read in chunks, which attend to fewer of them
+WHOLE_LIMIT, CHUNKED_LIMIT = 1.02, 0.8
+
 OURS, OURS_OFF = "ours", "ours, FA off"
 LONG_ON, LONG_OFF = "stock, FA on", "stock, FA off"
 SHORT_ON, SHORT_OFF = "stock, short, FA on", "stock, short, FA off"
@@ -135,7 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             _measure(args, {c.name: c for c in configurations}, workers)
     document["load"].append(_load())
     document["configurations"] = [c.to_json() for c in configurations]
-    document["bars"] = bars({c.name: c for c in configurations})
+    limit = CHUNKED_LIMIT if args.kv_staging else WHOLE_LIMIT
+    document["bars"] = bars({c.name: c for c in configurations}, limit)
     if args.out:
         write_json(args.out, document)
     print(speed_table(document))
@@ -262,13 +267,19 @@ def eviction(
     return result
 
 
-def bars(configurations: dict[str, Configuration]) -> list[dict[str, Any]]:
-    """What is claimed, the values of every round, and whether their median keeps it."""
+def bars(
+    configurations: dict[str, Configuration], limit: float = WHOLE_LIMIT
+) -> list[dict[str, Any]]:
+    """What is claimed, the values of every round, and whether their median keeps it.
+
+    Args:
+        limit: of the time to first token, as a share of stock's.
+    """
     c = configurations
     first_token = _bar(
         "time to first token / stock's (FA on), both at once",
         _ratios(c[OURS].ms_first_token_paired, c[LONG_ON].ms_first_token_paired),
-        "<= 1.02", lambda x: x <= 1.02,
+        f"<= {limit}", lambda x: x <= limit,
     )  # fmt: skip
     if LONG_OFF not in c:
         return [first_token]
