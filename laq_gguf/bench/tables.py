@@ -110,7 +110,10 @@ def speed_table(document: Document) -> str:
             ("configuration", lambda r: r["name"]),
             ("prompt", lambda r: str(r["n_prompt"])),
             ("decode, tokens/s", lambda r: _spread(r["decode_tokens_per_s"], ".1f")),
-            ("first token, s", lambda r: _spread(r["first_token_s"], ".2f")),
+            (
+                "first token, s",
+                lambda r: _spread(r["first_token_s"] or r["first_token_paired_s"], ".2f"),
+            ),
             ("KV bytes", lambda r: _number(r["kv_bytes"], ",d")),
         ),
         document["configurations"],
