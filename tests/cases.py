@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from laq_gguf.reference import attention_scores
+
 K_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK_TYPES = frozenset({"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"})  # rows of 32-element blocks
 V_TYPES = K_TYPES
@@ -105,6 +107,15 @@ def score_inputs(case: ScoreCase, seed: int = 0) -> ScoreInputs:
         mask = np.where(visible, bias, -np.inf).astype(np.float32)
     sinks = rng.standard_normal(case.n_head, dtype=np.float32) * 2 if case.sinks else None
     return ScoreInputs(q, k, mask, sinks)
+
+
+def expected_scores(
+    case: ScoreCase, inputs: ScoreInputs, k: npt.NDArray[np.float32]
+) -> npt.NDArray[np.floating]:
+    """Numpy's scores (n_head_kv, n_kv); k: the keys as type_k has them."""
+    return attention_scores(
+        inputs.q, k, scale=case.scale, mask=inputs.mask, softcap=case.softcap, sinks=inputs.sinks
+    )
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,16 @@ LAQ_DEVICE void laq_mma_f16_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t
 #endif
 }
 
+#define LAQ_MMA_K16(type)                                                                                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};"                                                                                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+
 LAQ_DEVICE void laq_mma_f16_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
 #if LAQ_SM_80
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    LAQ_MMA_K16("f16");
 #else
     (void) c, (void) a0, (void) a1, (void) a2, (void) a3, (void) b0, (void) b1;
 #endif
@@ -146,11 +149,10 @@ LAQ_DEVICE void laq_mma_f16_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
 LAQ_DEVICE void laq_mma_bf16_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                  uint32_t b1) {
 #if LAQ_SM_80
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    LAQ_MMA_K16("bf16");
 #else
     (void) c, (void) a0, (void) a1, (void) a2, (void) a3, (void) b0, (void) b1;
 #endif
 }
+
+#undef LAQ_MMA_K16

@@ -160,6 +160,13 @@ LAQ_DEVICE void laq_merge(float & max, float & sum, float max_2, float sum_2) {
     max = top;
 }
 
+// the same with the pair of the lane whose number differs in one bit
+LAQ_DEVICE void laq_merge_lanes(float & max, float & sum, int bit) {
+    const float max_2 = laq_shfl_xor(max, bit);
+    const float sum_2 = laq_shfl_xor(sum, bit);
+    laq_merge(max, sum, max_2, sum_2);
+}
+
 // (max, sum) of a row, and four more logits
 LAQ_DEVICE void laq_add(float & max, float & sum, float x0, float x1, float x2, float x3) {
     const float top = fmaxf(max, fmaxf(fmaxf(x0, x1), fmaxf(x2, x3)));
@@ -211,10 +218,8 @@ static __global__ void __launch_bounds__(32 * D::WARPS, 1) laq_stats_kernel(cons
         float4 x = stats[n * 32 * D::WARPS];
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2) {
-            const float4 y = { laq_shfl_xor(x.x, offset), laq_shfl_xor(x.y, offset), laq_shfl_xor(x.z, offset),
-                               laq_shfl_xor(x.w, offset) };
-            laq_merge(x.x, x.z, y.x, y.z);
-            laq_merge(x.y, x.w, y.y, y.w);
+            laq_merge_lanes(x.x, x.z, offset);
+            laq_merge_lanes(x.y, x.w, offset);
         }
         if (lane < 4) {
             float2 * dst = p.stats + ((size_t) head_kv * p.n_rows_pad + row_0 + 8 * n + 2 * lane) * p.n_parts + part;
@@ -238,9 +243,7 @@ static __global__ void __launch_bounds__(32) laq_merge_kernel(const laq_score_pa
     }
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
-        const float max_2 = laq_shfl_xor(max, offset);
-        const float sum_2 = laq_shfl_xor(sum, offset);
-        laq_merge(max, sum, max_2, sum_2);
+        laq_merge_lanes(max, sum, offset);
     }
     if (p.sinks && row < p.n_rows) {
         laq_merge(max, sum, LAQ_LOG2E * laq_ldg(p.sinks + blockIdx.y * p.n_group + row / p.n_q), 1.0f);

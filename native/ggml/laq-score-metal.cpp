@@ -183,15 +183,19 @@ void ggml_metal_laq_score_encode(ggml_metal_library_t lib, ggml_metal_encoder_t 
     const ggml_metal_buffer_id stats   = { dst.metal, dst.offs + plan.offs_stats };
     const ggml_metal_buffer_id lse     = { dst.metal, dst.offs + plan.offs_lse };
 
+    const auto pass_over_keys = [&](const char * kernel) {
+        ggml_metal_encoder_set_pipeline(enc, pipeline_of(lib, kernel, type));
+        bind(enc, plan, { queries, k, mask, stats, lse, dst });
+        ggml_metal_encoder_set_threadgroup_memory_size(enc, plan.smem, 0);
+        ggml_metal_encoder_dispatch_threadgroups(enc, plan.args.n_chunks, plan.n_head_kv, 1, 32, LAQ_SCORE_NSG, 1);
+    };
+
     ggml_metal_encoder_set_pipeline(enc, pipeline_of(lib, "queries", nullptr));
     bind(enc, plan, { q, queries });
     ggml_metal_encoder_dispatch_threadgroups(enc, plan.args.n_rows_pad, plan.n_head_kv, 1, 32, 1, 1);
     ggml_metal_encoder_memory_barrier(enc);
 
-    ggml_metal_encoder_set_pipeline(enc, pipeline_of(lib, "stats", type));
-    bind(enc, plan, { queries, k, mask, stats, lse, dst });
-    ggml_metal_encoder_set_threadgroup_memory_size(enc, plan.smem, 0);
-    ggml_metal_encoder_dispatch_threadgroups(enc, plan.args.n_chunks, plan.n_head_kv, 1, 32, LAQ_SCORE_NSG, 1);
+    pass_over_keys("stats");
     ggml_metal_encoder_memory_barrier(enc);
 
     ggml_metal_encoder_set_pipeline(enc, pipeline_of(lib, "merge", nullptr));
@@ -199,8 +203,5 @@ void ggml_metal_laq_score_encode(ggml_metal_library_t lib, ggml_metal_encoder_t 
     ggml_metal_encoder_dispatch_threadgroups(enc, plan.args.n_rows_pad, plan.n_head_kv, 1, 32, 1, 1);
     ggml_metal_encoder_memory_barrier(enc);
 
-    ggml_metal_encoder_set_pipeline(enc, pipeline_of(lib, "sum", type));
-    bind(enc, plan, { queries, k, mask, stats, lse, dst });
-    ggml_metal_encoder_set_threadgroup_memory_size(enc, plan.smem, 0);
-    ggml_metal_encoder_dispatch_threadgroups(enc, plan.args.n_chunks, plan.n_head_kv, 1, 32, LAQ_SCORE_NSG, 1);
+    pass_over_keys("sum");
 }

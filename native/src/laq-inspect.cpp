@@ -89,7 +89,8 @@ laq_status laq_get_scores(const laq_cache * laq, uint32_t ikv, float * dst, uint
         laq_check(n_kv, "n_kv must not be NULL");
         laq_check(laq->debug, "scores are kept only if LAQ_DEBUG is set in the environment before laq_attach()");
 
-        const std::vector<float> & scores = laq->scores.empty() ? std::vector<float>() : laq->scores[ikv];
+        const std::vector<float>   none;
+        const std::vector<float> & scores = laq->scores.empty() ? none : laq->scores[ikv];
 
         *n_kv = scores.size() / layer.n_head_kv;
         if (dst) {

@@ -106,20 +106,25 @@ static void move_by_host(const laq_cache & laq, const laq_moves & moves) {
 // by a graph
 //
 
-// A tensor of rows as 32-bit words [n_words, n_rows, n_head], which existing operations move whatever the type is.
-// ggml_view_3d() would keep the type.
-static ggml_tensor * words_of(ggml_context * ctx, ggml_tensor * t, int64_t n_rows, int64_t n_head, size_t head) {
-    ggml_tensor * w = ggml_view_1d(ctx, t, ggml_blck_size(t->type), 0);
+// A view of the same bytes in another type and shape. ggml_view_3d() would keep the type.
+static ggml_tensor * view_as(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2,
+                             size_t nb1, size_t nb2) {
+    ggml_tensor * v = ggml_view_1d(ctx, t, ggml_blck_size(t->type), 0);
 
-    w->type  = GGML_TYPE_I32;
-    w->ne[0] = head / sizeof(int32_t);
-    w->ne[1] = n_rows;
-    w->ne[2] = n_head;
-    w->nb[0] = sizeof(int32_t);
-    w->nb[1] = t->nb[1];
-    w->nb[2] = head;
-    w->nb[3] = w->nb[2] * n_head;
-    return w;
+    v->type  = type;
+    v->ne[0] = ne0;
+    v->ne[1] = ne1;
+    v->ne[2] = ne2;
+    v->nb[0] = ggml_type_size(type);
+    v->nb[1] = nb1;
+    v->nb[2] = nb2;
+    v->nb[3] = nb2 * ne2;
+    return v;
+}
+
+// A tensor of rows as 32-bit words [n_words, n_rows, n_head], which existing operations move whatever the type is.
+static ggml_tensor * words_of(ggml_context * ctx, ggml_tensor * t, int64_t n_rows, int64_t n_head, size_t head) {
+    return view_as(ctx, t, GGML_TYPE_I32, head / sizeof(int32_t), n_rows, n_head, t->nb[1], head);
 }
 
 // graph of one or all layers; idx: I32 [n, n_head_kv], the cell whose content comes to each of the first n cells
@@ -156,16 +161,9 @@ struct move_graph {
         add(cells, v);
         ggml_tensor * tmp = ggml_get_rows(ctx, words_of(ctx, cells, n_from, n_head, n_embd_head * size), index);
         add(tmp, v);
-        ggml_tensor * back = words_of(ctx, tmp, 1, 1, sizeof(int32_t));
-        back->type         = v->type;
-        back->ne[0]        = n_embd_head;
-        back->ne[1]        = n;
-        back->ne[2]        = n_head;
-        back->nb[0]        = size;
-        back->nb[1]        = n_embd_head * size;
-        back->nb[2]        = n_embd_head * size * n;
-        back->nb[3]        = back->nb[2] * n_head;
-        ggml_tensor * dst  = ggml_view_3d(ctx, v, n, n_embd_head, n_head, row, n_embd_head * row, 0);
+        ggml_tensor * back =
+            view_as(ctx, tmp, v->type, n_embd_head, n, n_head, n_embd_head * size, n_embd_head * size * n);
+        ggml_tensor * dst = ggml_view_3d(ctx, v, n, n_embd_head, n_head, row, n_embd_head * row, 0);
         add(ggml_cpy(ctx, back, ggml_permute(ctx, dst, 1, 0, 2, 3)), v);
     }
 };

@@ -98,17 +98,16 @@ static void read_origin(const laq_cache & laq, llama_io_read_i & io, laq_saved &
     if (n_mixed > saved.n_resident) {
         refuse("it is damaged");
     }
-    const bool remembers = get<uint32_t>(io) != 0;
-    saved.remembers      = remembers;
+    saved.remembers = get<uint32_t>(io) != 0;
     for (const laq_layer & layer : laq.layers) {
         if (get<uint32_t>(io) != layer.n_head_kv) {
             refuse("another number of KV heads");
         }
         std::vector<int32_t> & pos    = saved.origin.emplace_back((size_t) layer.n_head_kv * n_mixed);
-        std::vector<float> &   memory = saved.memory.emplace_back(remembers ? pos.size() : 0);
+        std::vector<float> &   memory = saved.memory.emplace_back(saved.remembers ? pos.size() : 0);
         for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
             io.read(pos.data() + (size_t) h * n_mixed, n_mixed * sizeof(int32_t));
-            if (remembers) {
+            if (saved.remembers) {
                 io.read(memory.data() + (size_t) h * n_mixed, n_mixed * sizeof(float));
             }
         }

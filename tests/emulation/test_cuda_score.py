@@ -11,7 +11,6 @@ import pytest
 
 import cases
 from emulation.build import build
-from laq_gguf.reference import attention_scores
 from parity.rows import encode
 from tolerances import SCORE_NMSE, assert_nmse
 
@@ -83,21 +82,10 @@ def emulate(emulator, case, inputs, k_bytes, *, sm=90, n_blocks=8, seed=0, pad=0
     return scores.reshape(case.n_head_kv, case.n_kv)
 
 
-def expected_scores(case, inputs, k):
-    return attention_scores(
-        inputs.q,
-        k,
-        scale=case.scale,
-        mask=inputs.mask,
-        softcap=case.softcap,
-        sinks=inputs.sinks,
-    )
-
-
 def check(emulator, case, inputs, tolerance=None, **options) -> None:
     k_bytes, k = encode(inputs.k, case.type_k)
     actual = emulate(emulator, case, inputs, k_bytes, **options)
-    expected = expected_scores(case, inputs, k)
+    expected = cases.expected_scores(case, inputs, k)
     assert_nmse(actual, expected, tolerance or SCORE_NMSE[case.type_k, "cuda"], case)
 
 
@@ -168,7 +156,8 @@ def test_queries_and_keys_that_are_hidden(emulator) -> None:
         # nobody looks at them: they may hold anything
         k_bytes.reshape(case.n_kv, -1)[32:96] = 0xFF
         scores = emulate(emulator, case, hidden, k_bytes)
-        assert_nmse(scores, expected_scores(case, hidden, k), SCORE_NMSE["f16", "cuda"])
+        expected = cases.expected_scores(case, hidden, k)
+        assert_nmse(scores, expected, SCORE_NMSE["f16", "cuda"])
         assert (scores[:, 32:96] == 0).all() and (scores[:, 180:] == 0).all()
     nothing = replace(inputs, mask=np.full_like(mask, -np.inf), sinks=None)
     assert (emulate(emulator, case, nothing, k_bytes) == 0).all()

@@ -8,7 +8,6 @@ import pytest
 
 import cases
 from emulation.metal import kernel
-from laq_gguf.reference import attention_scores
 from parity.rows import encode, ggml_type
 from tolerances import SCORE_NMSE, assert_nmse, nmse
 
@@ -34,9 +33,7 @@ def library():
 def reference(case, inputs, k=None):
     """Scores by numpy, of the keys as type_k has them."""
     k = encode(inputs.k, case.type_k)[1] if k is None else k
-    return attention_scores(
-        inputs.q, k, scale=case.scale, mask=inputs.mask, softcap=case.softcap, sinks=inputs.sinks
-    )
+    return cases.expected_scores(case, inputs, k)
 
 
 def check(actual, expected, case) -> None:

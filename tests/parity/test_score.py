@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import cases
-from laq_gguf.reference import attention_scores
 from parity.rows import encode, ggml_type
 from tolerances import SCORE_NMSE, assert_nmse
 
@@ -49,14 +48,7 @@ def native_scores(native, case, inputs, k_bytes, *, kernel="auto", n_threads=1, 
 def test_scores(native, case) -> None:
     inputs = cases.score_inputs(case)
     k_bytes, k = encode(inputs.k, case.type_k)
-    expected = attention_scores(
-        inputs.q,
-        k,
-        scale=case.scale,
-        mask=inputs.mask,
-        softcap=case.softcap,
-        sinks=inputs.sinks,
-    )
+    expected = cases.expected_scores(case, inputs, k)
     for kernel in cases.KERNELS:
         for n_threads in cases.N_THREADS:
             status, actual = native_scores(
