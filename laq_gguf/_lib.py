@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,14 +70,22 @@ class Native:
     ffi: Any
     lib: Any
 
+    def text(self, chars: Any) -> str:
+        """A `const char *` as a string."""
+        return self.ffi.string(chars).decode("utf-8", "replace")
+
     def build_info(self) -> dict[str, str]:
         """`laq_build_info()` as a dict."""
-        text = self.ffi.string(self.lib.laq_build_info()).decode("utf-8")
+        text = self.text(self.lib.laq_build_info())
         return dict(pair.partition("=")[::2] for pair in text.split())
 
     def last_error(self) -> str:
         """`laq_last_error()` of this thread."""
-        return self.ffi.string(self.lib.laq_last_error()).decode("utf-8", "replace")
+        return self.text(self.lib.laq_last_error())
+
+    def has_kernel(self, i_device: int, type_k: int, n_embd_head: int) -> bool:
+        """Whether a device of `devices` has the fused score kernel for keys of a `ggml_type`."""
+        return bool(self.lib.laq_device_has_kernel(i_device, type_k, n_embd_head))
 
     def check(self, function: str, status: int) -> None:
         """Raise for a `laq_status` other than OK.
@@ -87,7 +95,7 @@ class Native:
         """
         if status != self.lib.LAQ_STATUS_OK:
             message = self.last_error()
-            name = self.ffi.string(self.lib.laq_status_str(status)).decode("utf-8", "replace")
+            name = self.text(self.lib.laq_status_str(status))
             raise native_error(function, status, name, message)
 
 
@@ -229,7 +237,7 @@ class Attachment:
         stats = self._native.ffi.new("struct laq_stats *")
         stats.size = self._native.ffi.sizeof("struct laq_stats")
         self._call("laq_get_stats", stats)
-        return KvStats.from_native(stats, scored)
+        return KvStats.from_native(stats, scored, self._native.text)
 
     def kept_positions(self) -> npt.NDArray[np.int32]:
         """Position of every resident token, ascending: (n_layer, n_head_kv, n_resident)."""
@@ -267,8 +275,17 @@ def native_errors() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(previous, user_data)
 
 
-def devices(folder: Path) -> list[tuple[str, str, int]]:
-    """Name, description and total memory in bytes of the devices that ggml finds."""
+class Device(NamedTuple):
+    """A device that ggml finds; memory in bytes."""
+
+    name: str
+    description: str
+    n_free: int
+    n_total: int
+
+
+def devices(folder: Path) -> list[Device]:
+    """The devices that ggml finds, in its order."""
     base, registry = (_find(folder, name) for name in ("ggml-base", "ggml"))
     if base is None or registry is None:
         raise LaqLibraryError(f"no libggml beside libllama in {folder}: install the package again")
@@ -288,5 +305,5 @@ def devices(folder: Path) -> list[tuple[str, str, int]]:
             texts.append(function(device).decode("utf-8", "replace"))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         base_lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        found.append((texts[0], texts[1], total.value))
+        found.append(Device(texts[0], texts[1], free.value, total.value))
     return found

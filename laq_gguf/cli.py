@@ -16,6 +16,7 @@ from ._version import LLAMA_CPP_PYTHON_VERSION, __version__
 from .errors import LaqArgumentError, LaqError, LaqLibraryError
 
 if TYPE_CHECKING:
+    from ._lib import Native
     from .llama import Llama
     from .stats import KvStats
 
@@ -236,6 +237,20 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(native: Native, i_device: int) -> str:
+    """What scores keys on a device."""
+    size = 128
+    fused = [t for t, value in CACHE_TYPES.items() if native.has_kernel(i_device, value, size)]
+    others = [t for t in CACHE_TYPES if t not in fused]
+    parts = [f"fused for {' '.join(fused)} keys"] if fused else []
+    if others:
+        parts.append(
+            f"composed of mul_mat, soft_max and sum_rows for {' '.join(others)}: the backend has "
+            f"no kernel for heads of {size}"
+        )
+    return "; ".join(parts)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from . import _lib
 
@@ -251,8 +266,10 @@ def _doctor(args: argparse.Namespace) -> int:
     print(f"libllama          {native.path}")
     for key, value in native.build_info().items():
         print(f"  {key:<15} {value}")
-    for name, description, n_bytes in _lib.devices(native.path.parent):
-        print(f"device            {name}: {description}, {n_bytes / 2**20:.0f} MiB")
+    for i, device in enumerate(_lib.devices(native.path.parent)):
+        size = device.n_total / 2**20
+        print(f"device            {device.name}: {device.description}, {size:.0f} MiB")
+        print(f"  score kernel    {_kernels(native, i)}")
     print(f"features          {llama_cpp.llama_print_system_info().decode('utf-8').strip()}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,10 @@ class KvStats:
         n_pseudo: of these, pseudo tokens decoded ahead and dropped.
         n_evictions: evictions since the context was made.
         score_kernel: "fused" or "composed": what made the last scores; None if nothing was scored.
+        score_reason: why that one: what the device of the keys has. "" if nothing is ever scored.
         compaction: "graph" or "host": what moves K and V at an eviction, their device or the host.
+        compact_reason: why that one.
+        devices: names of the devices that hold K and V.
         ms_probe: milliseconds spent decoding probe tokens, over all evictions.
         ms_lookahead: the same for pseudo tokens.
         ms_score: the same for the scores.
@@ -55,7 +59,10 @@ class KvStats:
     n_pseudo: int
     n_evictions: int
     score_kernel: str | None
+    score_reason: str
     compaction: str
+    compact_reason: str
+    devices: tuple[str, ...]
     ms_probe: float
     ms_lookahead: float
     ms_score: float
@@ -63,18 +70,23 @@ class KvStats:
     ms_compact: float
 
     @classmethod
-    def from_native(cls, stats: Any, scored: bool) -> KvStats:
+    def from_native(cls, stats: Any, scored: bool, text: Callable[[Any], str]) -> KvStats:
         """Copy a `struct laq_stats`.
 
         Args:
             stats: the cffi struct.
             scored: whether the policy ranks tokens by attention, so that a kernel ran.
+            text: makes a string of a `char *`.
         """
-        names = cls.__dataclass_fields__.keys() - {"pending", "score_kernel", "compaction"}
+        own = {"pending", "score_kernel", "score_reason", "compaction", "compact_reason", "devices"}
+        names = cls.__dataclass_fields__.keys() - own
         kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
         return cls(
             **{name: getattr(stats, name) for name in names},
             pending=bool(stats.pending),
             score_kernel=kernel,
+            score_reason=text(stats.score_reason),
             compaction=("host", "graph")[stats.compact_graph],
+            compact_reason=text(stats.compact_reason),
+            devices=tuple(text(stats.devices).split()),
         )

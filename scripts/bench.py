@@ -1,4 +1,4 @@
-"""Benchmarks: `bench.py quality | multiturn | chat | memory | speed`, and `report | readme`.
+"""Benchmarks: quality, multiturn, chat, memory, speed, device; and `report`, `readme`.
 
 Exit status 0 whatever is measured.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from laq_gguf import LaqError
-from laq_gguf.bench import chat, memory, multiturn, quality, report, speed
+from laq_gguf.bench import chat, device, memory, multiturn, quality, report, speed
 from laq_gguf.bench.worker import WorkerError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,7 @@ COMMANDS = {
     "multiturn": multiturn,
     "chat": chat,
     "memory": memory,
+    "device": device,
     "speed": speed,
 }
 README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Make tiny random GGUF models (below 2 MB) for the tests.
+"""Make random GGUF models: tiny ones (below 2 MB) for the tests, and large ones to measure with.
 
 The weights are random but scaled: hidden states keep unit variance and the attention logits spread
 over a few units, so that attention is neither uniform nor one-hot and a ranking of keys means
 something. The same arguments give the same tensors on every machine.
 
     python scripts/make_tiny_gguf.py OUT.gguf --kind llama --set n_head=8 --set n_head_kv=2
+    python scripts/make_tiny_gguf.py OUT.gguf --shape 8b
 
 Kinds: llama (what can be evicted), longrope (the same with RoPE factors for short and for long
 contexts), and for the refusals bert (encoder only), mamba (recurrent
@@ -38,12 +39,13 @@ class TinyModel:
     n_ff: int = 96
     n_ctx_train: int = 2048
     n_swa: int = 64  # gemma3: width of the sliding window
+    blocks: int = 0  # 1: matrices are random Q4_0 blocks, which are made quickly
     qk_gain: float = 1.3  # attention logits get a standard deviation of about qk_gain**2
     seed: int = 0
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name not in ("seed", "qk_gain") and getattr(self, f.name) < 1:
+            if f.name not in ("seed", "qk_gain", "blocks") and getattr(self, f.name) < 1:
                 raise ValueError(f"{f.name} must be at least 1, got {getattr(self, f.name)}")
         if self.n_head % self.n_head_kv:
             raise ValueError(
@@ -106,7 +108,29 @@ class _Tensors:
     ) -> None:
         """Gaussian; by default scaled so that unit-variance input gives unit-variance output."""
         std = shape[-1] ** -0.5 if std is None else std
+        if self.model.blocks:
+            self.put_blocks(tensor, shape, std, il, suffix)
+            return
         self.put(tensor, self.rng.standard_normal(shape) * std, il, suffix)
+
+    def put_blocks(
+        self,
+        tensor: gguf.MODEL_TENSOR,
+        shape: tuple[int, ...],
+        std: float,
+        il: int | None,
+        suffix: str,
+    ) -> None:
+        """Q4_0 blocks of 32 elements, an F16 scale and 16 bytes each: evenly spread elements."""
+        n_blocks = int(np.prod(shape)) // 32
+        data = np.frombuffer(self.rng.bytes(18 * n_blocks), np.uint8).reshape(n_blocks, 18).copy()
+        # -8 to 7, all alike, have a standard deviation of 4.61
+        data[:, :2] = np.frombuffer(np.float16(std / 4.61).tobytes(), np.uint8)
+        self.writer.add_tensor(
+            self.name(tensor, il, suffix),
+            data.reshape(*shape[:-1], shape[-1] // 32 * 18),
+            raw_dtype=gguf.GGMLQuantizationType.Q4_0,
+        )
 
     def fill(
         self,
@@ -294,15 +318,27 @@ KINDS: dict[str, _Kind] = {
 }
 
 
-def make(path: str | Path, kind: str = "llama", **params: int | float) -> Path:
-    """Write one tiny model.
+#: shapes to measure with: those of Llama 3.1 8B, and of a model that a slow machine can decode
+SHAPES: dict[str, dict[str, int]] = {
+    "8b": {"n_layer": 32, "n_head": 32, "n_head_kv": 8, "n_embd_head": 128, "n_embd": 4096,
+           "n_ff": 14336, "n_ctx_train": 131072, "blocks": 1},
+    "small": {"n_layer": 4, "n_head": 8, "n_head_kv": 2, "n_embd_head": 64, "n_embd": 256,
+              "n_ff": 512, "n_ctx_train": 131072, "blocks": 1},
+}  # fmt: skip
+
+
+def make(
+    path: str | Path, kind: str = "llama", *, max_bytes: int = MAX_BYTES, **params: int | float
+) -> Path:
+    """Write one model.
 
     Args:
         path: file to write; its folder must exist.
         kind: one of KINDS.
+        max_bytes: the file may have so many.
         params: fields of TinyModel; what is not given has the kind's default.
     Raises:
-        ValueError: unknown kind, unknown or impossible parameter, or a model above MAX_BYTES.
+        ValueError: unknown kind, unknown or impossible parameter, or a model above max_bytes.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}, possible: {', '.join(KINDS)}")
@@ -326,10 +362,10 @@ def make(path: str | Path, kind: str = "llama", **params: int | float) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     size = path.stat().st_size
-    if size > MAX_BYTES:
+    if size > max_bytes:
         path.unlink()
         raise ValueError(
-            f"the model takes {size} bytes, allowed are {MAX_BYTES}: lower n_embd or n_layer"
+            f"the model takes {size} bytes, allowed are {max_bytes}: lower n_embd or n_layer"
         )
     return path
 
@@ -348,6 +384,7 @@ def main() -> None:
     )
     parser.add_argument("path", type=Path, help="file to write")
     parser.add_argument("--kind", choices=tuple(KINDS), default="llama")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="a llama of that shape, of any size")
     parser.add_argument(
         "--set",
         type=_assignment,
@@ -358,7 +395,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        path = make(args.path, args.kind, **dict(args.set))
+        large = {"max_bytes": 2**40} if args.shape else {}
+        path = make(args.path, args.kind, **large, **SHAPES.get(args.shape, {}), **dict(args.set))
     except ValueError as error:
         parser.error(str(error))
     print(f"{path}: {path.stat().st_size} bytes")

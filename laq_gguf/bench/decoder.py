@@ -181,6 +181,22 @@ class Commands:
         """Most bytes of memory that this process has had so far."""
         return peak_bytes()
 
+    def device_free(self, *, name: str) -> int:
+        """Bytes that a device has free, of those that laq_gguf's library finds."""
+        from laq_gguf import _lib
+
+        devices = _lib.devices(_lib.library_dir())
+        free = [device.n_free for device in devices if device.name == name]
+        if not free:
+            raise ValueError(f"no device {name}; there are: {', '.join(d.name for d in devices)}")
+        return free[0]
+
+    def generate(self, *, n: int) -> dict[str, Any]:
+        """Decode `n` more tokens greedily; ms of each step."""
+        decoder = self._loaded
+        steps = self._steps(int(decoder.logits().argmax()), n)
+        return {"ms_steps": steps, "stats": decoder.stats()}
+
     def decode(self, *, n_past: int, n: int) -> dict[str, Any]:
         """Go back to position `n_past` and decode `n` tokens greedily; ms of each step."""
         decoder = self._loaded

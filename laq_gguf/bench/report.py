@@ -75,6 +75,7 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "chat": tables.chat_table,
     "memory": tables.memory_table,
     "speed": tables.speed_table,
+    "device": tables.device_table,
 }
 # shorter ones for README
 SUMMARIES = {

@@ -276,9 +276,9 @@ def bars(
         limit: of the time to first token, as a share of stock's.
     """
     c = configurations
-    first_token = _bar(
+    first_token = bar(
         "time to first token / stock's (FA on), both at once",
-        _ratios(c[OURS].ms_first_token_paired, c[LONG_ON].ms_first_token_paired),
+        ratios(c[OURS].ms_first_token_paired, c[LONG_ON].ms_first_token_paired),
         f"<= {limit}", lambda x: x <= limit,
     )  # fmt: skip
     if LONG_OFF not in c:
@@ -287,31 +287,32 @@ def bars(
     full = [min(pair) for pair in zip(ms[LONG_ON], ms[LONG_OFF], strict=True)]
     evicting = [max(e["reported"], e.get("wall", 0.0)) for e in c[OURS].evictions]
     return [
-        _bar(
+        bar(
             "decode speed / stock's on the short prompt, both FA on",
-            _ratios(ms[SHORT_ON], ms[OURS]), ">= 0.9", lambda x: x >= 0.9,
+            ratios(ms[SHORT_ON], ms[OURS]), ">= 0.9", lambda x: x >= 0.9,
         ),
-        _bar(
+        bar(
             "the same, both FA off",
-            _ratios(ms[SHORT_OFF], ms[OURS_OFF]), ">= 0.9", lambda x: x >= 0.9,
+            ratios(ms[SHORT_OFF], ms[OURS_OFF]), ">= 0.9", lambda x: x >= 0.9,
         ),
-        _bar(
+        bar(
             "decode speed / stock's on the long prompt (faster of FA on, off)",
-            _ratios(full, ms[OURS]), ">= 2", lambda x: x >= 2,
+            ratios(full, ms[OURS]), ">= 2", lambda x: x >= 2,
         ),
-        _bar(
+        bar(
             "the same, ours with FA off",
-            _ratios(full, ms[OURS_OFF]), ">= 2", lambda x: x >= 2,
+            ratios(full, ms[OURS_OFF]), ">= 2", lambda x: x >= 2,
         ),
         first_token,
-        _bar(
+        bar(
             "eviction, in decode steps of the full cache (faster of FA on, off)",
-            _ratios(evicting, full), "< 4", lambda x: x < 4,
+            ratios(evicting, full), "< 4", lambda x: x < 4,
         ),
     ]  # fmt: skip
 
 
-def _bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, Any]:
+def bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, Any]:
+    """A claim, the values of every round, and whether their median keeps it."""
     median = statistics.median(values)
     return {
         "name": name,
@@ -322,7 +323,8 @@ def _bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, 
     }
 
 
-def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    """The quotient of each round."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 

@@ -118,7 +118,16 @@ def speed_table(document: Document) -> str:
         ),
         document["configurations"],
     )
-    bars = _table(
+    load = " and ".join(_number(value, ".2f") for value in document["load"])
+    return (
+        f"{measured}\n\n{bars_table(document)}\n\nMedian (least to most) over rounds; ratios "
+        f"within a round. Load of the machine before and after: {load}."
+    )
+
+
+def bars_table(document: Document) -> str:
+    """Markdown table of what is claimed and what was measured of it."""
+    return _table(
         (
             ("bar", lambda r: r["name"]),
             ("measured", lambda r: _spread(r["values"], ".3f")),
@@ -127,11 +136,31 @@ def speed_table(document: Document) -> str:
         ),
         document["bars"],
     )
-    load = " and ".join(_number(value, ".2f") for value in document["load"])
-    return (
-        f"{measured}\n\n{bars}\n\nMedian (least to most) over rounds; ratios within a round. "
-        f"Load of the machine before and after: {load}."
-    )
+
+
+def device_table(document: Document) -> str:
+    """Markdown of a device's result: the bars, then what scripts/gpu_check.py found there."""
+    device, checks = document.get("device"), document.get("checks") or {}
+    lines = [bars_table(document)]
+    if device:
+        lines.append(f"{device['name']}: {device['description']}.")
+    if ops := checks.get("ops"):
+        lines.append(
+            f"Cases of the score op: {ops['passed']} of {ops['run']} pass, {ops['not_supported']} "
+            "have no kernel there."
+        )
+    if parity := checks.get("parity"):
+        bad = parity["failures"] + parity["errors"]
+        done = parity["tests"] - parity["skipped"]
+        lines.append(f"Tests on the device: {done - bad} of {done} pass.")
+    for case in (checks.get("perf") or {}).get("cases", []):
+        if case["kv"] == "32768" and case["hs"] == "128" and case["n_q"] == "16":
+            reads = _number(case["reads_of_k"], ".2f")
+            lines.append(
+                f"Scores of 32,768 {case['type_k']} keys, 8 heads of 128, 16 queries: "
+                f"{case['us']:.0f} us, {reads} times a read of K at the speed of a copy."
+            )
+    return "\n\n".join(lines)
 
 
 def multiturn_rows(document: Document) -> list[Row]:

@@ -38,7 +38,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 2
+#define LAQ_ABI_VERSION 3
 
 struct llama_context;
 struct laq_cache;
@@ -133,13 +133,17 @@ struct laq_stats {
     uint64_t n_probe;        // probe tokens decoded and dropped
     uint64_t n_pseudo;       // pseudo tokens decoded and dropped
     uint32_t n_evictions;
-    int32_t  score_fused;   // 1 = the last scores came from the fused kernel
+    int32_t  score_fused;   // 1 = the fused kernel scores in all layers
     double   ms_probe;      // sums over all evictions, milliseconds
     double   ms_lookahead;  // pseudo tokens
     double   ms_score;
     double   ms_select;
     double   ms_compact;
     int32_t  compact_graph;  // 1 = K and V are moved by a graph on their device, 0 = by the host
+    // texts, valid until laq_detach()
+    const char * devices;         // that hold K and V, with blanks between them
+    const char * score_reason;    // why that kernel scores; "" if nothing is scored
+    const char * compact_reason;  // why that one moves
 };
 
 uint32_t     laq_abi_version(void);
@@ -216,6 +220,10 @@ enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float *
 // Kept only if LAQ_DEBUG is set in the environment before laq_attach().
 enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
 
+// 1 = a device of ggml (its index) has the fused kernel for keys of a type (enum ggml_type) and a head size; 0 = it has not,
+// and scores are composed of other operations there
+int32_t laq_device_has_kernel(uint32_t i_device, int32_t type_k, uint32_t n_embd_head);
+
 struct laq_score_args {
     uint32_t      size;
     int32_t       type_k;       // enum ggml_type
@@ -228,13 +236,14 @@ struct laq_score_args {
     int32_t       n_threads;
     float         scale;
     float         softcap;
-    const float * q;      // [n_head][n_queries][d]
-    const void *  k;      // rows of type_k: [n_kv][n_head_kv][d]
-    const float * mask;   // [n_queries][n_kv] added to the scaled logits, or NULL
-    const float * sinks;  // [n_head], or NULL
+    const float * q;       // [n_head][n_queries][d]
+    const void *  k;       // rows of type_k: [n_kv][n_head_kv][d]
+    const float * mask;    // [n_queries][n_kv] added to the scaled logits, or NULL
+    const float * sinks;   // [n_head], or NULL
+    const char *  device;  // as ggml_backend_dev_name() has it; NULL = the CPU
 };
 
-// The score op alone, on the CPU backend: dst F32 [n_head_kv][n_kv], the mean over the heads of a group of the
+// The score op alone: dst F32 [n_head_kv][n_kv], the mean over the heads of a group of the
 // attention that the queries pay to each key, summed over the queries.
 enum laq_status laq_score(const struct laq_score_args * args, float * dst);
 

@@ -290,6 +290,10 @@ laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stat
         s.kv_bytes      = laq->kv_bytes();
         s.ring_bytes    = laq->ring_bytes();
         s.compute_bytes = laq->compute_bytes();
+
+        s.devices        = laq->devices.c_str();
+        s.score_reason   = laq->score_reason.c_str();
+        s.compact_reason = laq->compact_reason.c_str();
         copy_sized(*stats, s, stats->size);
     });
 }

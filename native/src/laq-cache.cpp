@@ -29,8 +29,14 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
 
     init_layers();
     init_rings();
-    by_graph            = laq_moves_by_graph(*this);
-    stats.compact_graph = by_graph;
+    const laq_mover_choice mover = laq_choose_mover(*this);
+    by_graph                     = mover.by_graph;
+    compact_reason               = mover.reason;
+    stats.compact_graph          = by_graph;
+    for (const auto & [_, buf] : kv->ctxs_bufs) {
+        const ggml_backend_dev_t dev = laq_device_of(buf.get());
+        devices += (devices.empty() ? "" : " ") + std::string(dev ? ggml_backend_dev_name(dev) : "unknown");
+    }
     for (laq_seq & seq : seqs) {
         seq.pinned = pinned;
     }

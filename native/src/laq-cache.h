@@ -124,7 +124,10 @@ struct laq_cache {
     std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
     bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
-    bool by_graph = false;  // K and V are moved by a graph on their device
+    bool        by_graph = false;  // K and V are moved by a graph on their device
+    std::string devices;           // as laq_stats has them
+    std::string score_reason;
+    std::string compact_reason;
 
     bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
     std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]

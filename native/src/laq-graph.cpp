@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 //
 // query capture
@@ -95,14 +96,19 @@ void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_
     }
 }
 
-bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel) {
-    const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
+laq_kernel_choice laq_choose_kernel(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel) {
+    const bool          supported = dev && ggml_backend_dev_supports_op(dev, op);
+    const ggml_tensor * k         = op->src[1];
+    const std::string what = std::string(dev ? ggml_backend_dev_name(dev) : "the device") + " has " +
+                             (supported ? "the" : "no") + " score kernel for " + ggml_type_name(k->type) + " keys of " +
+                             std::to_string(k->ne[0]);
     if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
-        throw laq_error(LAQ_STATUS_UNSUPPORTED, std::string("score_kernel = fused: ") +
-                                                    (dev ? ggml_backend_dev_name(dev) : "the device") +
-                                                    " has no such kernel; use score_kernel = auto");
+        throw laq_error(LAQ_STATUS_UNSUPPORTED, "score_kernel = fused: " + what + "; use score_kernel = auto");
     }
-    return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
+    if (kernel == LAQ_SCORE_KERNEL_COMPOSED) {
+        return { false, "score_kernel = composed was asked for" };
+    }
+    return { supported, what };
 }
 
 ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
@@ -148,6 +154,8 @@ static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, in
     ggml_set_input(sg.slots);
     ggml_set_input(sg.mask);
 
+    std::set<std::string> reasons;
+    laq.stats.score_fused = true;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         const laq_layer & layer = laq.layers[ikv];
         const int64_t     d     = layer.n_embd_head_k;
@@ -162,17 +170,22 @@ static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, in
 
         ggml_tensor * out = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
 
-        const bool fused =
-            laq_score_fused(out, laq_device_of(cache->buffer), (laq_score_kernel) laq.params.score_kernel);
-        if (!fused) {
-            out = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+        const laq_kernel_choice choice =
+            laq_choose_kernel(out, laq_device_of(cache->buffer), (laq_score_kernel) laq.params.score_kernel);
+        if (!choice.fused) {
+            out                   = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
+            laq.stats.score_fused = false;
         }
-        laq.stats.score_fused = fused;
+        reasons.insert(choice.reason);
 
         laq_graph_place(sched, out, cache);
         ggml_set_output(out);
         ggml_build_forward_expand(gf, out);
         sg.res.push_back(out);
+    }
+    laq.score_reason.clear();
+    for (const std::string & reason : reasons) {
+        laq.score_reason += (laq.score_reason.empty() ? "" : "; ") + reason;
     }
     return sg;
 }

@@ -121,6 +121,29 @@ static void check_score_args(const laq_score_args & a) {
     laq_check(a.n_embd_head % ggml_blck_size(type) == 0, "n_embd_head is not a multiple of type_k's block");
 }
 
+static ggml_backend_dev_t device_named(const char * name) {
+    ggml_backend_dev_t dev =
+        name ? ggml_backend_dev_by_name(name) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    laq_check(dev, "device is not the name of one of ggml's devices");
+    return dev;
+}
+
+int32_t laq_device_has_kernel(uint32_t i_device, int32_t type_k, uint32_t n_embd_head) {
+    if (i_device >= ggml_backend_dev_count() || type_k < 0 || type_k >= GGML_TYPE_COUNT || n_embd_head == 0 ||
+        n_embd_head % ggml_blck_size((ggml_type) type_k) != 0) {
+        return 0;
+    }
+    constexpr int64_t n_kv = 256;
+    constexpr int64_t n_q  = 16;
+
+    ggml_context_ptr ctx(ggml_init({ 8 * ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor *    q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_embd_head, n_q, 2);
+    ggml_tensor *    k    = ggml_new_tensor_3d(ctx.get(), (ggml_type) type_k, n_embd_head, n_kv, 1);
+    ggml_tensor *    mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_kv, n_q);
+    ggml_tensor *    op   = ggml_laq_score(ctx.get(), q, k, mask, nullptr, 1.0f, 0.0f);
+    return ggml_backend_dev_supports_op(ggml_backend_dev_get(i_device), op);
+}
+
 laq_status laq_score(const laq_score_args * args, float * dst) {
     return laq_guarded([&] {
         laq_check(args && dst && args->size == sizeof(*args), "args or dst is NULL, or args->size is wrong");
@@ -136,16 +159,16 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         ggml_tensor * sinks = a.sinks ? ggml_new_tensor_1d(c, GGML_TYPE_F32, a.n_head) : nullptr;
         ggml_tensor * k     = ggml_permute(c, cache, 0, 2, 1, 3);
 
-        ggml_tensor * res   = ggml_laq_score(c, q, k, mask, sinks, a.scale, a.softcap);
-        const bool    fused = laq_score_fused(res, ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
-                                              (laq_score_kernel) a.score_kernel);
-        if (!fused) {
+        ggml_tensor * res = ggml_laq_score(c, q, k, mask, sinks, a.scale, a.softcap);
+
+        ggml_backend_dev_t dev = device_named(a.device);
+        if (!laq_choose_kernel(res, dev, (laq_score_kernel) a.score_kernel).fused) {
             res = laq_score_composed(c, q, k, mask, sinks, a.scale, a.softcap);
         }
         ggml_cgraph * gf = ggml_new_graph(c);
         ggml_build_forward_expand(gf, res);
 
-        ggml_backend_ptr        backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+        ggml_backend_ptr        backend(ggml_backend_dev_init(dev, nullptr));
         ggml_backend_buffer_ptr buf(backend ? ggml_backend_alloc_ctx_tensors(c, backend.get()) : nullptr);
         if (!buf) {
             throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph");
@@ -160,7 +183,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         set(mask, a.mask);
         set(sinks, a.sinks);
 
-        auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+        auto * reg = ggml_backend_dev_backend_reg(dev);
         auto * set_n_threads =
             (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
         if (set_n_threads) {

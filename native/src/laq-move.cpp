@@ -185,18 +185,19 @@ static void add_layer(move_graph & mg, const laq_cache & laq, uint32_t ikv, int6
     }
 }
 
-// every operation of the layer's graph runs on the device of its K and V, and heads are whole words
-static bool layer_moves(const laq_cache & laq, uint32_t ikv) {
+// "" if every operation of the layer's graph runs on the device of its K and V, and heads are whole words
+static std::string obstacle(const laq_cache & laq, uint32_t ikv) {
     const laq_layer &   layer = laq.layers[ikv];
     const ggml_tensor * k     = laq.k(ikv);
     const ggml_tensor * v     = laq.v(ikv);
 
-    const bool whole = ggml_row_size(k->type, layer.n_embd_head_k) % sizeof(int32_t) == 0 &&
-                       ggml_row_size(v->type, layer.n_embd_head_v) % sizeof(int32_t) == 0;
-
+    if (ggml_row_size(k->type, layer.n_embd_head_k) % sizeof(int32_t) != 0 ||
+        ggml_row_size(v->type, layer.n_embd_head_v) % sizeof(int32_t) != 0) {
+        return "a head of K or V is no whole number of 32-bit words";
+    }
     const ggml_backend_dev_t dev = laq_device_of(k->buffer);
-    if (!whole || !dev || dev != laq_device_of(v->buffer)) {
-        return false;
+    if (!dev || dev != laq_device_of(v->buffer)) {
+        return "K and V of a layer are not on one device";
     }
     constexpr size_t n_max = 64;
     ggml_context_ptr ctx(
@@ -205,24 +206,29 @@ static bool layer_moves(const laq_cache & laq, uint32_t ikv) {
     move_graph mg = { ctx.get(), ggml_new_graph_custom(ctx.get(), n_max, false), nullptr, {} };
     add_layer(mg, laq, ikv, laq.n_cells(), laq.n_cells());
     for (int i = 0; i < ggml_graph_n_nodes(mg.gf); ++i) {
-        if (!ggml_backend_dev_supports_op(dev, ggml_graph_node(mg.gf, i))) {
-            return false;
+        const ggml_tensor * node = ggml_graph_node(mg.gf, i);
+        if (!ggml_backend_dev_supports_op(dev, node)) {
+            return std::string(ggml_backend_dev_name(dev)) + " has no " + ggml_op_desc(node) + " for this";
         }
     }
-    return true;
+    return "";
 }
 
-bool laq_moves_by_graph(const laq_cache & laq) {
+laq_mover_choice laq_choose_mover(const laq_cache & laq) {
     const char * asked = getenv("LAQ_COMPACT");
     if (asked && strcmp(asked, "graph") != 0) {
-        return false;
+        return { false, std::string("LAQ_COMPACT = ") + asked };
     }
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-        if ((!asked && ggml_backend_buffer_is_host(laq.k(ikv)->buffer)) || !layer_moves(laq, ikv)) {
-            return false;
+        if (!asked && ggml_backend_buffer_is_host(laq.k(ikv)->buffer)) {
+            return { false, "the host sees K and V" };
+        }
+        const std::string why_not = obstacle(laq, ikv);
+        if (!why_not.empty()) {
+            return { false, why_not };
         }
     }
-    return true;
+    return { true, asked ? "LAQ_COMPACT = graph" : "the device has the operations" };
 }
 
 static move_graph build_move_graph(const laq_cache & laq, llm_graph_result & res, int64_t n, int64_t n_from) {

@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 struct laq_cache;
@@ -15,9 +16,14 @@ struct laq_moves {
     std::vector<std::vector<std::vector<uint32_t>>> src;
 };
 
-// Whether K and V of every layer can be moved by a graph where they are. The host moves them otherwise, and where it sees
+// Whether a graph moves K and V of every layer where they are, and why. The host moves them otherwise, and where it sees
 // them anyway. env: LAQ_COMPACT = graph | host, for tests
-bool laq_moves_by_graph(const laq_cache & laq);
+struct laq_mover_choice {
+    bool        by_graph;
+    std::string reason;
+};
+
+laq_mover_choice laq_choose_mover(const laq_cache & laq);
 
 // let the scheduler plan for the largest graph
 void laq_graph_reserve_moves(laq_cache & laq);

@@ -105,6 +105,8 @@ static void laq_score_eval_cases(std::vector<std::unique_ptr<test_case>> & cases
 }
 
 static void laq_score_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+    // what the memory can do, to compare with: a copy, contiguous and larger than any cache of the device
+    cases.emplace_back(new test_cpy(GGML_TYPE_F32, GGML_TYPE_F32, { 1 << 26, 1, 1, 1 }));
     for (const ggml_type type : laq_key_types) {
         for (const int64_t kv : { 4096, 32768, 131072 }) {
             cases.emplace_back(new test_laq_score(type, 128, 8, 4, 16, kv));

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import device
+
 TINY_BYTES = 2**22
 
 
@@ -16,7 +18,7 @@ def open_llama(path: Path, **kwargs: Any) -> Any:
     """`laq_gguf.Llama`, quiet, with room for 1,024 tokens unless told otherwise."""
     from laq_gguf import Llama
 
-    settings = {"n_ctx": 1024, "n_batch": 256, "verbose": False}
+    settings = {"n_ctx": 1024, "n_batch": 256, "verbose": False, **device.OPTIONS}
     if os.stat(path).st_size < TINY_BYTES:
         # many small graphs on a busy machine mostly wait at barriers
         settings |= {"n_threads": 1, "n_threads_batch": 1}

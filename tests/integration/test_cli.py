@@ -100,6 +100,8 @@ def test_doctor(native: object, run_python: Callable) -> None:
     assert lines["libllama"].endswith(str(native.path))
     assert {"laq-gguf", "python", "llama_cpp", "version", "backends", "device"} <= set(lines)
     assert "CPU" in done.stdout
+    types = "f32 f16 q4_0 q4_1 q5_0 q5_1 q8_0 bf16"
+    assert f"  score kernel    fused for {types} keys" in done.stdout.splitlines()
 
 
 def test_verbose_shows_the_log(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 import cases
+import device
 from laq_gguf.reference import (
     KVCache,
     PolicyParams,
@@ -143,6 +144,7 @@ def opened(
         type_k=ggml_type(case.type_k),
         type_v=ggml_type(case.type_v),
         verbose=False,
+        **device.OPTIONS,
         **{name: PARAMS[name] for name in names},
         **settings,
     )
@@ -168,7 +170,7 @@ def check_scores(case, inspector: Inspector, before: Snapshot, used: tuple[int, 
             mask=causal_mask(where[rows], positions),
         )
         fused = inspector.stats().score_fused
-        tolerance = SCORE_NMSE[case.type_k, "cpu" if fused else "cpu-composed"]
+        tolerance = SCORE_NMSE[case.type_k, device.scored_by("fused" if fused else "composed")]
         assert_nmse(inspector.scores(il), expected, tolerance, f"scores of layer {il}")
 
 

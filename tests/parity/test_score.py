@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cases
+import device
 from parity.rows import encode, ggml_type
 from tolerances import SCORE_NMSE, assert_nmse
 
@@ -19,6 +20,7 @@ def native_scores(native, case, inputs, k_bytes, *, kernel="auto", n_threads=1, 
             return ffi.NULL
         return ffi.from_buffer("float[]", np.ascontiguousarray(array, np.float32))
 
+    name = ffi.new("char[]", device.NAME.encode())
     fields = {
         "size": ffi.sizeof("struct laq_score_args"),
         "type_k": ggml_type(case.type_k),
@@ -35,6 +37,7 @@ def native_scores(native, case, inputs, k_bytes, *, kernel="auto", n_threads=1, 
         "k": ffi.from_buffer("uint8_t[]", k_bytes),
         "mask": floats(inputs.mask),
         "sinks": floats(inputs.sinks),
+        "device": name,
         **changes,
     }
     args = ffi.new("struct laq_score_args *", fields)
@@ -49,7 +52,7 @@ def test_scores(native, case) -> None:
     inputs = cases.score_inputs(case)
     k_bytes, k = encode(inputs.k, case.type_k)
     expected = cases.expected_scores(case, inputs, k)
-    for kernel in cases.KERNELS:
+    for kernel in device.KERNELS:
         for n_threads in cases.N_THREADS:
             status, actual = native_scores(
                 native, case, inputs, k_bytes, kernel=kernel, n_threads=n_threads
@@ -57,8 +60,8 @@ def test_scores(native, case) -> None:
             what = f"{case} {kernel} {n_threads} threads"
             message = native.ffi.string(native.lib.laq_last_error()).decode()
             assert status == native.lib.LAQ_STATUS_OK, f"{what}: {message}"
-            backend = "cpu" if kernel == "fused" else "cpu-composed"
-            assert_nmse(actual, expected, SCORE_NMSE[case.type_k, backend], what)
+            tolerance = SCORE_NMSE[case.type_k, device.scored_by(kernel)]
+            assert_nmse(actual, expected, tolerance, what)
 
 
 PLAIN = cases.ScoreCase("f32", 4, 64, 8, 300, "causal", 0.0, False)
@@ -86,6 +89,7 @@ def test_threads_do_not_change_a_bit(native) -> None:
         {"n_kv": 0},
         {"score_kernel": 77},
         {"n_threads": -1},
+        {"device": "none of them"},
         {"softcap": -1.0},
         {"scale": float("nan")},
         {"q": None},
@@ -97,6 +101,8 @@ def test_wrong_arguments_are_refused(native, changes) -> None:
     inputs = cases.score_inputs(PLAIN)
     k_bytes, _ = encode(inputs.k, "f32")
     changes = {k: native.ffi.NULL if v is None else v for k, v in changes.items()}
+    if "device" in changes:
+        changes["device"] = native.ffi.new("char[]", changes["device"].encode())
     status, _ = native_scores(native, PLAIN, inputs, k_bytes, **changes)
     assert status == native.lib.LAQ_STATUS_INVALID_ARGUMENT
     assert native.ffi.string(native.lib.laq_last_error())

@@ -1,0 +1,153 @@
+"""Device: evictions beside decoding on one device, for a model of any shape and long contexts.
+
+Random tokens are read: nothing here depends on what they say. Each configuration is a process of
+its own, so that the memory of the device can be read before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laq_gguf.bench.options import check_model, integers, settings
+from laq_gguf.bench.provenance import provenance, usable_cores, write_json
+from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, ratios
+from laq_gguf.bench.worker import Worker, WorkerError
+from laq_gguf.config import round_cells
+
+NOTES = [
+    "decode steps of the full cache: those between the prompt and its eviction, when the whole "
+    "prompt fits the cells (one sequence, FlashAttention on)",
+    "memory: what the device had free before the model was loaded less what it has free at the "
+    "end; on the CPU that is the machine's, which other processes change",
+]
+LOOKAHEAD_SIZE = 8
+FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench device`."""
+    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    parser.add_argument("--device", default="CPU", help="as laq-gguf doctor names it: CUDA0")
+    parser.add_argument(
+        "--n-prompts", type=integers, default=[32768, 131072],
+        help="prompt lengths; the whole of the first one fits the cells once",
+    )  # fmt: skip
+    parser.add_argument("--budget", type=int, default=2048, help="kv_budget")
+    parser.add_argument("--kv-staging", type=int, default=2048, help="cells beyond the budget")
+    parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--out", type=Path, help="result file, JSON")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write `args.out` after each configuration, print the bars; return the document.
+
+    Raises:
+        ValueError: options or files that cannot be used.
+        WorkerError: a configuration that does not run.
+    """
+    check_model(args)
+    n_settle = LOOKAHEAD_SIZE + 1 + N_WARM_UP
+    n_cells = round_cells(args.budget + args.kv_staging)
+    n_short = args.budget - n_settle - args.n_decode - N_WARM_UP
+    if args.repeat < 1 or args.n_decode < 1 or n_short < 1 or min(args.n_prompts) <= n_cells:
+        raise ValueError(
+            f"--budget must exceed {n_settle + args.n_decode + N_WARM_UP}, --n-prompts {n_cells} "
+            "(--budget + --kv-staging), --repeat and --n-decode 0"
+        )
+    document = provenance("device", args.model, settings(args))
+    document.update(notes=NOTES, results={})
+    first = args.n_prompts[0]
+    whole = {"kv_budget": args.budget, "kv_staging": first + n_settle}
+    capped = {"kv_budget": args.budget, "kv_staging": args.kv_staging}
+    plan = [("short", n_short, n_cells, {}), ("whole", first, first + n_cells, whole)]
+    plan += [(f"capped {n}", n, n + n_cells, capped) for n in args.n_prompts]
+    for name, n_prompt, n_ctx, options in plan:
+        print(f"{args.device}: {name}, {n_prompt} tokens", file=sys.stderr)
+        document["results"][name] = _measure(args, n_prompt, n_ctx, n_settle, options)
+        if args.out:
+            write_json(args.out, document)
+    document["bars"] = bars(document["results"], args.n_prompts)
+    if args.out:
+        write_json(args.out, document)
+    for line in document["bars"]:
+        print(f"{line['name']}: {line['median']:.3f} ({line['wanted']})")
+    return document
+
+
+def _measure(
+    args: argparse.Namespace, n_prompt: int, n_ctx: int, n_settle: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """One process: times of the prompt, its eviction and the steps after it, ms, and memory."""
+    rng = np.random.default_rng(0)
+    tokens = (FIRST_TOKEN + rng.integers(0, N_TOKENS, n_prompt)).tolist()
+    n_gpu_layers = 0 if args.device == "CPU" else -1
+    options = {
+        **options, "n_ctx": -(-n_ctx // 256) * 256, "n_gpu_layers": n_gpu_layers,
+        "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
+    }  # fmt: skip
+    with closing(Worker(None)) as worker:
+        free = worker("device_free", name=args.device)
+        model = str(args.model.resolve())
+        worker("open", library="laq_gguf", model=model, options=options)
+        rounds = []
+        for _ in range(args.repeat):
+            read = worker("prefill", tokens=tokens, n_settle=n_settle)
+            n = N_WARM_UP + args.n_decode
+            steps = worker("generate", n=n)
+            rounds.append(_round(read, steps))
+        stats = steps["stats"]
+        used = free - worker("device_free", name=args.device)
+    if stats and args.device not in stats["devices"]:
+        raise WorkerError(f"K and V are on {', '.join(stats['devices'])}, not on {args.device}")
+    return {"n_prompt": n_prompt, "device_bytes": used, "rounds": rounds, "stats": stats}
+
+
+def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+    result = {
+        "first_token_s": read["ms_first_token"] / 1e3,
+        "ms_full_steps": read["ms_settle"][1:LOOKAHEAD_SIZE],
+        "ms_step": statistics.fmean(steps["ms_steps"][N_WARM_UP:]),
+    }
+    if read["stats"]:
+        result["eviction"] = eviction(read["stats_before"], read["stats"], read["ms_settle"])
+    return result
+
+
+def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
+    """What is claimed of a device, the values of every round, and whether their median keeps it."""
+    whole = results["whole"]["rounds"]
+    evicting = [max(r["eviction"]["reported"], r["eviction"].get("wall", 0.0)) for r in whole]
+    full = [statistics.median(r["ms_full_steps"]) for r in whole]
+    short = [r["ms_step"] for r in results["short"]["rounds"]]
+    lines = [
+        bar(
+            f"eviction of {n_prompts[0]} tokens, in decode steps of the full cache",
+            ratios(evicting, full), "< 2", lambda x: x < 2,
+        )
+    ]  # fmt: skip
+    for n in n_prompts:
+        capped = results[f"capped {n}"]
+        steps = [r["ms_step"] for r in capped["rounds"]]
+        lines.append(
+            bar(
+                f"decode speed after {n} tokens / a short context's", ratios(short, steps),
+                ">= 0.95", lambda x: x >= 0.95,
+            )
+        )  # fmt: skip
+        lines.append(
+            bar(
+                f"device memory after {n} tokens / stock's of as many cells",
+                [capped["device_bytes"] / max(results["short"]["device_bytes"], 1)],
+                "<= 1.05", lambda x: x <= 1.05,
+            )
+        )  # fmt: skip
+    return lines
