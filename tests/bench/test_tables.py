@@ -145,5 +145,7 @@ def test_memory_ratios_are_to_the_stock_context_of_the_same_types() -> None:
 
 
 def test_every_command_has_a_table() -> None:
-    assert report.TABLES.keys() == {"quality", "multiturn", "chat", "memory", "speed"}
+    assert report.TABLES.keys() == {
+        "quality", "multiturn", "chat", "memory", "speed", "device",
+    }  # fmt: skip
     assert report.SUMMARIES.keys() < report.TABLES.keys()
