@@ -80,27 +80,27 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
         raise DevError(f"exit code {done.returncode}: {shown(words)}")
 
 
-def capture(*command: str | Path) -> str:
+def capture(*command: str | Path, env: dict[str, str] | None = None, may_fail: bool = False) -> str:
     """What a command prints to stdout; its stderr is shown.
 
     Raises:
-        DevError: its exit code is not 0.
+        DevError: its exit code is not 0, and it may not fail.
     """
     words = [str(word) for word in command]
     print(f"+ {shown(words)}", flush=True)
-    done = subprocess.run(words, cwd=ROOT, env=venv_env(), stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
+    done = subprocess.run(words, cwd=ROOT, env=env or venv_env(), stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0 and not may_fail:
         raise DevError(f"exit code {done.returncode}: {shown(words)}\n{done.stdout}".rstrip())
     return done.stdout
 
 
-def venv_env(**extra: str) -> dict[str, str]:
-    """The environment with .venv first on the path, and no other Python's settings."""
+def venv_env(venv: Path = VENV, **extra: str) -> dict[str, str]:
+    """The environment with a venv first on the path, and no other Python's settings."""
     env = {
         key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")
     }
-    env["PATH"] = os.pathsep.join([str(BIN), env.get("PATH", "")])
-    env["VIRTUAL_ENV"] = str(VENV)
+    env["PATH"] = os.pathsep.join([str(venv / BIN.name), env.get("PATH", "")])
+    env["VIRTUAL_ENV"] = str(venv)
     return env | extra
 
 

@@ -27,7 +27,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -162,21 +161,15 @@ def cublas_of_package(python: Path) -> list[str]:
 
 
 def _env(**extra: str) -> dict[str, str]:
-    paths = [str(VENV / "bin"), os.environ.get("PATH", "")]
-    base = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
-    return {**base, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT),
-            "LAQ_LIB_PATH": str(NATIVE / "bin"), **dev.PASSIVE, **extra}  # fmt: skip
+    own = {"PYTHONPATH": str(ROOT), "LAQ_LIB_PATH": str(NATIVE / "bin"), **dev.PASSIVE}
+    return dev.venv_env(VENV, **own, **extra)
 
 
 def _output(*command: str | Path, may_fail: bool = False, **env: str) -> str:
-    """stdout of a command, which is shown."""
-    words = [str(word) for word in command]
-    print(f"+ {dev.shown(words)}", flush=True)
-    done = subprocess.run(words, cwd=ROOT, env=_env(**env), stdout=subprocess.PIPE, text=True)
-    print(done.stdout[-4000:], flush=True)
-    if done.returncode != 0 and not may_fail:
-        raise DevError(f"exit code {done.returncode}: {dev.shown(words)}")
-    return done.stdout
+    """stdout of a command, the end of which is shown."""
+    text = dev.capture(*command, env=_env(**env), may_fail=may_fail)
+    print(text[-4000:], flush=True)
+    return text
 
 
 def device(args: argparse.Namespace) -> dict[str, Any]:

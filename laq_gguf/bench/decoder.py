@@ -199,11 +199,10 @@ class Commands:
 
     def decode(self, *, n_past: int, n: int) -> dict[str, Any]:
         """Go back to position `n_past` and decode `n` tokens greedily; ms of each step."""
-        decoder = self._loaded
-        token = int(decoder.logits().argmax())
-        if not decoder.rewind(n_past):
+        if not self._loaded.rewind(n_past):
             raise RuntimeError(f"the cache cannot go back to position {n_past}")
-        return {"ms_steps": self._steps(token, n), "stats": decoder.stats()}
+        # the logits are still those of the last step
+        return self.generate(n=n)
 
     def _steps(self, token: int, n: int) -> list[float]:
         decoder = self._loaded

@@ -10,14 +10,13 @@ import argparse
 import statistics
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laq_gguf.bench.options import check_model, integers, settings
-from laq_gguf.bench.provenance import provenance, usable_cores, write_json
-from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, ratios
+from laq_gguf.bench.options import add_common, check_model, integers, llama_options, settings
+from laq_gguf.bench.provenance import provenance, write_json
+from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, eviction_ms, ratios
 from laq_gguf.bench.worker import Worker, WorkerError
 from laq_gguf.config import round_cells
 
@@ -33,7 +32,7 @@ FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench device`."""
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    add_common(parser)
     parser.add_argument("--device", default="CPU", help="as laq-gguf doctor names it: CUDA0")
     parser.add_argument(
         "--n-prompts", type=integers, default=[32768, 131072],
@@ -43,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-staging", type=int, default=2048, help="cells beyond the budget")
     parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--out", type=Path, help="result file, JSON")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,11 +86,8 @@ def _measure(
     """One process: times of the prompt, its eviction and the steps after it, ms, and memory."""
     rng = np.random.default_rng(0)
     tokens = (FIRST_TOKEN + rng.integers(0, N_TOKENS, n_prompt)).tolist()
-    n_gpu_layers = 0 if args.device == "CPU" else -1
-    options = {
-        **options, "n_ctx": -(-n_ctx // 256) * 256, "n_gpu_layers": n_gpu_layers,
-        "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
-    }  # fmt: skip
+    options = {**llama_options(args, round_cells(n_ctx)), **options}
+    options["n_gpu_layers"] = 0 if args.device == "CPU" else -1
     with closing(Worker(None)) as worker:
         free = worker("device_free", name=args.device)
         model = str(args.model.resolve())
@@ -125,7 +119,7 @@ def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
 def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
     """What is claimed of a device, the values of every round, and whether their median keeps it."""
     whole = results["whole"]["rounds"]
-    evicting = [max(r["eviction"]["reported"], r["eviction"].get("wall", 0.0)) for r in whole]
+    evicting = [eviction_ms(r["eviction"]) for r in whole]
     full = [statistics.median(r["ms_full_steps"]) for r in whole]
     short = [r["ms_step"] for r in results["short"]["rounds"]]
     lines = [

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laq_gguf.bench.provenance import provenance, usable_cores, write_json
+from laq_gguf.bench.options import add_common, check_model
+from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.tables import speed_table
 from laq_gguf.bench.worker import Worker, WorkerError
 
@@ -77,7 +78,7 @@ class Configuration:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench.py speed`."""
-    parser.add_argument("--model", type=Path, required=True, help="GGUF file")
+    add_common(parser)
     parser.add_argument("--plain-lib", type=Path, default=Path("build/plain/bin"),
                         help="folder of the unpatched libraries")  # fmt: skip
     parser.add_argument(
@@ -95,8 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-token-only", action="store_true",
                         help="only the time to first token, against stock with FA on")  # fmt: skip
     parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--out", type=Path, help="result file, JSON")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,8 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.repeat < 1 or args.n_decode < 1:
         raise ValueError("--repeat and --n-decode are at least 1")
-    if not args.model.is_file():
-        raise ValueError(f"no model at {args.model}")
+    check_model(args)
     if not args.plain_lib.is_dir():
         raise ValueError(f"no unpatched libraries at {args.plain_lib}: pass --plain-lib DIR")
     text = read_text(args.text)
@@ -267,6 +265,11 @@ def eviction(
     return result
 
 
+def eviction_ms(times: dict[str, float]) -> float:
+    """The larger of what the library counted and what was seen from outside, see `eviction`."""
+    return max(times["reported"], times.get("wall", 0.0))
+
+
 def bars(
     configurations: dict[str, Configuration], limit: float = WHOLE_LIMIT
 ) -> list[dict[str, Any]]:
@@ -285,7 +288,7 @@ def bars(
         return [first_token]
     ms = {name: c[name].ms_per_step() for name in c}
     full = [min(pair) for pair in zip(ms[LONG_ON], ms[LONG_OFF], strict=True)]
-    evicting = [max(e["reported"], e.get("wall", 0.0)) for e in c[OURS].evictions]
+    evicting = [eviction_ms(e) for e in c[OURS].evictions]
     return [
         bar(
             "decode speed / stock's on the short prompt, both FA on",

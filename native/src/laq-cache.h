@@ -46,6 +46,7 @@ struct laq_layer {
     float         softcap  = 0.0f;
     ggml_tensor * sinks    = nullptr;
     bool          has_bias = false;
+    bool          fused    = false;  // the fused kernel scores its keys
 };
 
 // an eviction that waits for its lookahead queries

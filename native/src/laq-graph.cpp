@@ -96,19 +96,19 @@ void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_
     }
 }
 
-laq_kernel_choice laq_choose_kernel(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel) {
-    const bool          supported = dev && ggml_backend_dev_supports_op(dev, op);
-    const ggml_tensor * k         = op->src[1];
-    const std::string what = std::string(dev ? ggml_backend_dev_name(dev) : "the device") + " has " +
-                             (supported ? "the" : "no") + " score kernel for " + ggml_type_name(k->type) + " keys of " +
-                             std::to_string(k->ne[0]);
+static std::string what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_k, int64_t n_embd_head) {
+    return std::string(dev ? ggml_backend_dev_name(dev) : "the device") + " has " + (supported ? "the" : "no") +
+           " score kernel for " + ggml_type_name(type_k) + " keys of " + std::to_string(n_embd_head);
+}
+
+bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel) {
+    const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
     if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
-        throw laq_error(LAQ_STATUS_UNSUPPORTED, "score_kernel = fused: " + what + "; use score_kernel = auto");
+        throw laq_error(LAQ_STATUS_UNSUPPORTED,
+                        "score_kernel = fused: " + what_has(dev, false, op->src[1]->type, op->src[1]->ne[0]) +
+                            "; use score_kernel = auto");
     }
-    if (kernel == LAQ_SCORE_KERNEL_COMPOSED) {
-        return { false, "score_kernel = composed was asked for" };
-    }
-    return { supported, what };
+    return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
 }
 
 ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
@@ -154,12 +154,10 @@ static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, in
     ggml_set_input(sg.slots);
     ggml_set_input(sg.mask);
 
-    std::set<std::string> reasons;
-    laq.stats.score_fused = true;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-        const laq_layer & layer = laq.layers[ikv];
-        const int64_t     d     = layer.n_embd_head_k;
-        ggml_tensor *     cache = laq.k(ikv);
+        laq_layer &   layer = laq.layers[ikv];
+        const int64_t d     = layer.n_embd_head_k;
+        ggml_tensor * cache = laq.k(ikv);
 
         ggml_tensor * q = ggml_get_rows(ctx, layer.ring, sg.slots);
         laq_graph_place(sched, q, cache);
@@ -170,24 +168,35 @@ static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, in
 
         ggml_tensor * out = ggml_laq_score(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
 
-        const laq_kernel_choice choice =
-            laq_choose_kernel(out, laq_device_of(cache->buffer), (laq_score_kernel) laq.params.score_kernel);
-        if (!choice.fused) {
-            out                   = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
-            laq.stats.score_fused = false;
+        layer.fused = laq_score_fused(out, laq_device_of(cache->buffer), (laq_score_kernel) laq.params.score_kernel);
+        if (!layer.fused) {
+            out = laq_score_composed(ctx, q, k, sg.mask, layer.sinks, layer.kq_scale, layer.softcap);
         }
-        reasons.insert(choice.reason);
 
         laq_graph_place(sched, out, cache);
         ggml_set_output(out);
         ggml_build_forward_expand(gf, out);
         sg.res.push_back(out);
     }
+    return sg;
+}
+
+// which kernel scores, and why: it stays so while the cache is attached
+static void note_kernels(laq_cache & laq) {
+    std::set<std::string> reasons;
+    laq.stats.score_fused = true;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        const laq_layer &   layer = laq.layers[ikv];
+        const ggml_tensor * k     = laq.k(ikv);
+        reasons.insert(laq.params.score_kernel == LAQ_SCORE_KERNEL_COMPOSED
+                           ? "score_kernel = composed was asked for"
+                           : what_has(laq_device_of(k->buffer), layer.fused, k->type, layer.n_embd_head_k));
+        laq.stats.score_fused = laq.stats.score_fused && layer.fused;
+    }
     laq.score_reason.clear();
     for (const std::string & reason : reasons) {
         laq.score_reason += (laq.score_reason.empty() ? "" : "; ") + reason;
     }
-    return sg;
 }
 
 void laq_graph_reserve(laq_cache & laq) {
@@ -200,6 +209,7 @@ void laq_graph_reserve(laq_cache & laq) {
     llm_graph_result * res = laq.ctx->get_gf_res_reserve();
     const int64_t      n_q = std::max(laq.seqs[0].ring.pos.size(), laq.scratch.pos.size());
     build_score_graph(laq, *res, laq.n_cells(), n_q);
+    note_kernels(laq);
     if (!ggml_backend_sched_reserve(laq.ctx->get_sched(), res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY,
                         "no memory for the score graph: use a smaller kv_staging, kv_budget or window_size");

@@ -5,8 +5,6 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
-#include <string>
-
 // the device of a buffer; the CPU's buffer type names none
 ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
 
@@ -14,14 +12,8 @@ ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
 // the device of the node before, which is another one where layers are split.
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
 
-// whether the fused op runs on the device that holds its keys, and why
-struct laq_kernel_choice {
-    bool        fused;
-    std::string reason;
-};
-
-// Throws laq_error if the fused op was asked for and does not run there.
-laq_kernel_choice laq_choose_kernel(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel);
+// Whether the fused op runs where the keys are. Throws laq_error if it was asked for and does not.
+bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel);
 
 // ggml_laq_score() from existing ops, for backends without the kernel; stores the probabilities of all queries
 ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,

@@ -162,7 +162,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         ggml_tensor * res = ggml_laq_score(c, q, k, mask, sinks, a.scale, a.softcap);
 
         ggml_backend_dev_t dev = device_named(a.device);
-        if (!laq_choose_kernel(res, dev, (laq_score_kernel) a.score_kernel).fused) {
+        if (!laq_score_fused(res, dev, (laq_score_kernel) a.score_kernel)) {
             res = laq_score_composed(c, q, k, mask, sinks, a.scale, a.softcap);
         }
         ggml_cgraph * gf = ggml_new_graph(c);

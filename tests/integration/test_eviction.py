@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import device
 from integration.decoding import greedy, open_llama, tokens_of
 
 POLICIES = ("laq", "laq++", "snapkv", "streaming", "random")
@@ -141,14 +142,22 @@ def test_settings_change_what_is_kept(tiny_gguf: Callable[..., Path]) -> None:
 
 def test_score_kernels_agree(tiny_gguf: Callable[..., Path]) -> None:
     kept = {}
-    for kernel in ("fused", "composed"):
+    reasons = {
+        "fused": f"{device.NAME} has the score kernel for f32 keys of 64",
+        "composed": "score_kernel = composed was asked for",
+    }
+    for kernel in device.KERNELS:
         llm = open_llama(
             tiny_gguf("llama"), kv_budget=64, lookahead="pseudo", score_kernel=kernel, type_k=0
         )
         llm.eval(tokens_of(N_PROMPT))
-        assert llm.kv_stats().score_kernel == kernel
+        stats = llm.kv_stats()
+        assert stats.score_kernel == kernel
+        assert stats.score_reason == reasons[kernel]
+        assert stats.devices == (device.NAME,)
+        assert (stats.compact_reason == "the host sees K and V") == device.ON_CPU
         kept[kernel] = llm.kept_positions()
-    assert (kept["fused"] != kept["composed"]).mean() < 0.02
+    assert (kept[device.KERNELS[0]] != kept["composed"]).mean() < 0.02
 
 
 def test_deferred_evicts_after_the_lookahead(tiny_gguf: Callable[..., Path]) -> None:
