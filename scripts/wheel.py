@@ -22,6 +22,7 @@ import zipfile
 from pathlib import Path
 
 import dev
+import gpu_check
 from dev import DevError, run
 
 ROOT = dev.ROOT
@@ -56,11 +57,14 @@ def main() -> int:
 def build(kind: str, cmake_args: str, folder: Path) -> Path:
     """`pip wheel .` with the preset; a build folder of its own is kept."""
     dev.ensure_venv()
-    run(dev.PYTHON, "-m", "pip", "install", "--quiet", *TOOLS)
+    tools = [*TOOLS, *(dev.requirements("cuda") if kind == "cuda" else ())]
+    run(dev.PYTHON, "-m", "pip", "install", "--quiet", *tools)
+    cublas = gpu_check.cublas_of_package(dev.PYTHON) if kind == "cuda" else []
+    words = [f"--preset={kind}-portable", *(f"-D{define}" for define in cublas), cmake_args]
     env = dev.venv_env(
         SKBUILD_BUILD_DIR=str(dev.BUILD / f"wheel-{kind}"),
         SKBUILD_CMAKE_DEFINE=";".join(dev.launchers()),
-        CMAKE_ARGS=f"--preset={kind}-portable {cmake_args}".strip(),
+        CMAKE_ARGS=" ".join(words).strip(),
     )
     run(dev.PYTHON, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT,
         env=env)  # fmt: skip
