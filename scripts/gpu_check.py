@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda")
     parser.add_argument("--python", help="pack: version of the other machine's Python")
-    parser.add_argument("--cmake-args", default="", help="build: more definitions, -DNAME=VALUE")
+    parser.add_argument("--cmake-args", default="", help="build: more definitions, =-DNAME=VALUE")
     parser.add_argument("--quick", action="store_true",
                         help="few of the speeds, and a small model in short contexts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")

@@ -4,9 +4,10 @@
     python3 scripts/wheel.py cuda    the same with CUDA for RTX 20 to 50 and data centre cards
 
 The result lies in dist/. The builds are the presets cpu-portable and cuda-portable of
-native/CMakePresets.json; --cmake-args adds to them. What is checked: auditwheel finds every library
-(CUDA's own come from NVIDIA's packages: pip install 'laq-gguf[cuda]'), no library names a folder of
-this machine, and `laq-gguf doctor` runs in a new environment without LD_LIBRARY_PATH.
+native/CMakePresets.json; --cmake-args=-DNAME=VALUE adds to them. What is checked: auditwheel finds
+every library (CUDA's own come from NVIDIA's packages: pip install 'laq-gguf[cuda]'), no library
+names a folder of this machine, and `laq-gguf doctor` runs in a new environment without
+LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=("cpu", "cuda"))
-    parser.add_argument("--cmake-args", default="", help="more definitions, -DNAME=VALUE")
+    parser.add_argument("--cmake-args", default="", help="more definitions, =-DNAME=VALUE")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheel")
     args = parser.parse_args()
     try:
