@@ -38,7 +38,7 @@ NOTES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py memory`."""
+    """The options of `bench memory`."""
     add_common(parser)
     parser.add_argument(
         "--plain-lib", type=Path, default=Path("build/plain/bin"),

@@ -80,7 +80,7 @@ class Chat:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py multiturn`."""
+    """The options of `bench multiturn`."""
     add_common(parser)
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {FILE.as_posix()}")
     parser.add_argument("--limit", type=int, help="the first N texts only")

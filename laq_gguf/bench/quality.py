@@ -30,9 +30,9 @@ from laq_gguf.bench.options import (
     names,
 )
 from laq_gguf.bench.prompts import Prompt, chat_renderer, make_prompt, open_tokenizer
+from laq_gguf.bench.quality_tables import quality_table
 from laq_gguf.bench.references import References
 from laq_gguf.bench.results import ResultFile
-from laq_gguf.bench.tables import quality_table
 from laq_gguf.bench.tasks import TASKS, load_examples
 
 # keyword arguments of laq_gguf.Llama, beside kv_budget and the lookahead
@@ -61,7 +61,7 @@ REUSED = "rows of the full cache marked reused come from an earlier run (--refer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py quality`."""
+    """The options of `bench quality`."""
     add_common(parser)
     parser.add_argument("--data", type=Path, help="folder with ruler/LENGTH/TASK.jsonl")
     parser.add_argument(

@@ -77,7 +77,7 @@ class Configuration:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py speed`."""
+    """The options of `bench speed`."""
     add_common(parser)
     parser.add_argument("--plain-lib", type=Path, default=Path("build/plain/bin"),
                         help="folder of the unpatched libraries")  # fmt: skip
