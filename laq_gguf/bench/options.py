@@ -10,7 +10,9 @@ from laq_gguf.bench.provenance import usable_cores
 from laq_gguf.config import LaqConfig
 
 # where things are, and how a run goes on: no part of what is measured
-NO_SETTINGS = frozenset({"model", "data", "references", "out", "overwrite", "command", "function"})
+NO_SETTINGS = frozenset(
+    {"model", "data", "references", "out", "overwrite", "command", "function", "minutes"}
+)
 EVICTION = ("lookahead_size", "window_size", "probe_size", "chunk_size", "follow_size")
 
 
