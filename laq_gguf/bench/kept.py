@@ -20,7 +20,7 @@ from laq_gguf.bench.options import (
     llama_options,
     settings,
 )
-from laq_gguf.bench.prompts import chat_renderer
+from laq_gguf.bench.prompts import chat_renderer, open_tokenizer
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.tune import read_text
 
@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     text = read_text(args.text)
     kept = {k: v for k, v in settings(args).items() if k != "html"}
     document = provenance("kept", args.model, {**kept, "text": args.text.name})
-    with closing(Decoder("laq_gguf", str(args.model), {"vocab_only": True, "n_ctx": 256})) as d:
-        tokens = prompt_tokens(d, text, args.prompt)
-        document["pieces"] = text_pieces([_bytes(d, token) for token in tokens])
+    with closing(open_tokenizer(str(args.model))) as vocabulary:
+        tokens = prompt_tokens(vocabulary, text, args.prompt)
+        document["pieces"] = text_pieces([_bytes(vocabulary, token) for token in tokens])
     if len(tokens) <= args.budget:
         raise ValueError(
             f"the prompt has {len(tokens)} tokens: nothing of it is evicted to --budget "

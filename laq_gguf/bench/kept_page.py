@@ -19,8 +19,9 @@ def kept_table(document: dict[str, Any]) -> str:
     shares = np.array(document["n_kept"]) / document["n_heads"]
     rows = [("in no head", int((shares == 0).sum()))]
     for low, high in pairwise(LEVELS):
-        above = (shares > 0) & (shares >= low) & (shares < high)
-        rows.append((f"in {low:.0%} of the heads or more, below {high:.0%}", int(above.sum())))
+        between = (shares > 0) & (shares >= low) & (shares < high)
+        least = f"{low:.0%} of the heads or more" if low else "one head or more"
+        rows.append((f"in {least}, in less than {high:.0%}", int(between.sum())))
     rows.append(("in every head", int((shares == 1).sum())))
     n = len(shares)
     return table(
