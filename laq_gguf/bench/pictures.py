@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> list[Path]:
     made = []
     for stem, document in documents:
         made += PICTURES[document["kind"]](document, args.out / stem)
+    compared = [document for _, document in documents if document["kind"] in COMPARED]
+    if len(compared) > 1:
+        made += _over_bytes_pictures(compared, args.out / "compared")
     if not made:
         raise ValueError("no rows to draw in these files")
     for path in made:
@@ -72,18 +75,31 @@ def pyplot() -> Any:
 
 def quality_pictures(document: Document, stem: Path) -> list[Path]:
     """Scores and KL over bytes; a map of needles for each method and size."""
+    made = _over_bytes_pictures([document], stem)
+    grids = needle_grids(document)
+    if grids:
+        made.append(_draw_grids(grids, _named(stem, "needles")))
+    return made
+
+
+def _over_bytes_pictures(documents: Sequence[Document], stem: Path) -> list[Path]:
+    """Lines of all documents in one picture; each measured with its own prompts."""
     made = []
     for name, label, is_log in (
         ("score", "share of answers found", False),
         ("kl", "KL to the full cache, nats", True),
     ):
-        lines = over_bytes(document, name)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for document in documents:
+            for method, points in over_bytes(document, name).items():
+                # in another library than ours, unevicted too
+                is_peer = document["kind"] == "peers" and method == "full"
+                line = lines.setdefault("full (transformers)" if is_peer else method, [])
+                line += [point for point in points if point[1] > 0 or not is_log]
+        lines = {method: points for method, points in lines.items() if points}
         if lines:
             what = Labels(f"{label}, by bytes of K and V", "KV cache, share of full f16", label)
             made.append(_draw_lines(lines, what, _named(stem, f"{name}-over-bytes"), log_y=is_log))
-    grids = needle_grids(document)
-    if grids:
-        made.append(_draw_grids(grids, _named(stem, "needles")))
     return made
 
 
@@ -204,14 +220,9 @@ def _draw_lines(
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for name, points in lines.items():
-        if log_y:
-            points = [(x, y) for x, y in points if y > 0]  # the full cache's own is 0
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    if min(ticks) >= 1 and len(ticks) <= 8 and max(ticks) > 1:
-        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axes.xaxis.set_major_formatter(lambda x, _: share_text(x) if x < 1 else f"{x:,.0f}")
     if log_y:
         axes.set_yscale("log")
     if from_zero:
@@ -254,6 +265,7 @@ def _some(n: int, most: int) -> Sequence[int]:
     return range(0, n, max(1, -(-n // most)))
 
 
+COMPARED = ("quality", "peers")
 PICTURES: dict[str, Callable[[Document, Path], list[Path]]] = {
     "quality": quality_pictures,
     "peers": quality_pictures,

@@ -40,6 +40,14 @@ QUALITY = document(
     ],
 )
 
+PEERS = document(
+    "peers",
+    [
+        row("full", {"share": 1.0, "kv_bytes": 100, "kv_bytes_full": 100}, 1.0, kl=0.002),
+        row("kvpress-tova", {"share": 0.25, "kv_bytes": 24, "kv_bytes_full": 100}, 0.5),
+    ],
+)
+
 
 def test_means_over_bytes() -> None:
     lines = pictures.over_bytes(QUALITY, "kl")
@@ -91,6 +99,7 @@ def test_pictures_of_every_kind(bench, tmp_path: Path) -> None:
     )
     files = [
         written(tmp_path, "q.json", QUALITY),
+        written(tmp_path, "p.json", PEERS),
         written(tmp_path, "s.json", sweep),
         written(tmp_path, "m.json", curve),
         written(tmp_path, "k.json", kept_document()),
@@ -102,11 +111,13 @@ def test_pictures_of_every_kind(bench, tmp_path: Path) -> None:
     made = [Path(line) for line in done.stdout.splitlines()]
     assert [path.name for path in made] == [
         "q-score-over-bytes.png", "q-kl-over-bytes.png", "q-needles.png",
+        "p-score-over-bytes.png", "p-kl-over-bytes.png", "p-needles.png",
         "s-decode-over-context.png", "s-first-token-over-context.png",
         "m-kv-over-context.png", "m-peak-over-context.png",
         "k.html",
         "quality-smollm2-2k-score-over-bytes.png", "quality-smollm2-2k-kl-over-bytes.png",
         "quality-smollm2-2k-needles.png",
+        "compared-score-over-bytes.png", "compared-kl-over-bytes.png",
     ]  # fmt: skip
     for path in made:
         if path.suffix == ".png":
