@@ -55,6 +55,8 @@ METHODS: dict[str, Method] = {
     # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut
     "laq": Method({"kv_policy": "laq", "draft": "snapkv", **PSEUDO}),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
+    # queries of placeholders that know only where they stand: is generating worth it
+    "position": Method({"kv_policy": "laq++", "lookahead": "position"}),
     # its first lookahead_size tokens are the full cache's own
     "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
     "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),

@@ -40,3 +40,11 @@ def bench() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with random weights."""
+    from make_tiny_gguf import make
+
+    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama")

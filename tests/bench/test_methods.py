@@ -31,7 +31,11 @@ def test_a_name_may_end_in_a_type() -> None:
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
     assert method_names("full,laq,full") == ["full", "laq"]
     for name in METHODS:
-        assert parse_method(name).config.kv_policy in name or name in ("deferred", "bounded")
+        assert parse_method(name).config.kv_policy in name or name in (
+            "deferred",
+            "bounded",
+            "position",
+        )
 
 
 @pytest.mark.parametrize(
