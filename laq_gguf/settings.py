@@ -43,4 +43,4 @@ class SettingsMixin:
         params, spans = config.to_native(native, budget, self.n_ctx(), self._seed)
         laq.set_params(params)
         del spans  # laq_set_params has copied them
-        self.laq_config, self.kv_budget = config, budget
+        self.laq_config, self.kv_budget, self._asked["kv_budget"] = config, budget, asked

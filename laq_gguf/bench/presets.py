@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": [
             *FULL,
             *WHOLE_READERS,
+            "deferred",
             "bounded",
             *(f"{name}@{kind}" for kind in QUANTIZED for name in (*WHOLE_READERS, "bounded")),
         ],

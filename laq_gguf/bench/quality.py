@@ -151,6 +151,7 @@ def _measure(
                 if n_missing and not clock.has_time(len(prompt.tokens)):
                     measurement.file.note(CUT_SHORT)
                     return
+                bar.set_postfix_str(_label(prompt))
                 for case in measurement.example(prompt, cases[id(prompt)]):
                     bar.set_postfix_str(_label(prompt, case))
                     bar.update()
@@ -158,9 +159,9 @@ def _measure(
                     clock.measured(len(prompt.tokens), time.monotonic() - begun)
 
 
-def _label(prompt: Prompt, case: Case) -> str:
+def _label(prompt: Prompt, case: Case | None = None) -> str:
     task = f"{prompt.example.task}/{prompt.example.id}"
-    return f"{task} {case.method.name} {case.size or ''}".strip()
+    return f"{task} {case.method.name} {case.size or ''}".strip() if case else task
 
 
 def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
@@ -183,7 +184,15 @@ def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
             )
             return [make_prompt(decoder, render, example) for example in examples]
 
-        series = [prompts_of(name, length) for name, length in _entries(args)]
+        series = []
+        for name, length in _entries(args):
+            try:
+                series.append(prompts_of(name, length))
+            except ValueError as error:
+                # everything that --data has
+                if args.preset != "all" or args.data is None:
+                    raise
+                print(f"left out: {name}: {error}", file=sys.stderr)
     n = max(len(prompts) for prompts in series)
     rounds = [[prompts[i] for prompts in series if i < len(prompts)] for i in range(n)]
     after = max(

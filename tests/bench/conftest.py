@@ -43,8 +43,6 @@ def bench() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tiny_gguf: Callable[..., Path]) -> Path:
     """A tiny llama with random weights."""
-    from make_tiny_gguf import make
-
-    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama")
+    return tiny_gguf("llama")
