@@ -49,7 +49,8 @@ NOTES = (
     "shares are of the bytes that the prompt takes in the full f16 cache; bytes per cell are read "
     "back from the allocated cache of each K/V type",
     "all methods but bounded read the whole prompt before they evict: their bytes are those of the "
-    "cells they keep; bounded counts all cells it has",
+    "cells they keep; bounded counts all cells it has, which come in steps of 256 and may be up to "
+    "3 % more than the share",
     "the cache is evicted before the first token of the reply (deferred: after its first "
     "lookahead_size tokens, which are the full cache's own); the reply's beginning (answer_prefix) "
     "is part of the prompt",

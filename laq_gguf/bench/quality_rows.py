@@ -121,7 +121,7 @@ class Measurement:
         if case.method.bounded and bounded_size(n, case.method.config) is None:
             why = "cells come in steps of 256, and a part of them is for what is being read"
         if why:
-            self.file.note(f"{case.method.name} has no row where it may have {n} cells: {why}")
+            self.file.note(f"{case.method.name} has no row at the smallest sizes: {why}")
         return not why
 
     def _tokens(self, prompt: Prompt, case: Case) -> int:

@@ -217,7 +217,7 @@ def _read_ruler(name: str, data: Path | None, length: int) -> list[dict]:
             int(p.parent.name) for p in _folder(name, data).glob(f"ruler/*/{path.name}")
         )
         raise ValueError(
-            f"no ruler/{length}/{path.name} in --data; {name!r} is there with --length {lengths}"
+            f"no ruler/{length}/{path.name} in --data; {name!r} is there with --lengths {lengths}"
         )
     return read_lines(path, {"input", "answer_prefix", "outputs"})
 

@@ -70,7 +70,8 @@ def test_a_bounded_cache_counts_all_its_cells() -> None:
     config = parse_method("bounded").config
     assert bounded_size(1100, config) == (768, 256), "cells come in steps of 256"
     assert bounded_size(256, config) == (168, 88) and config.min_staging == 88
-    assert bounded_size(255, config) is None
+    assert bounded_size(250, config) == (168, 88) and bounded_size(248, config) is None
+    assert sum(bounded_size(507, config)) == 512, "1 % more, not half"
 
 
 def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFixture) -> None:

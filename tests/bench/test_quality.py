@@ -44,7 +44,7 @@ def test_rows_of_equal_bytes(measured: tuple) -> None:
     assert all(row.keys() >= ROW for row in rows)
     # cells come in steps of 256: bounded finds none in 1/8 of 1500 tokens
     assert len(rows) == 2 * (2 + 6 * 2 + 1)
-    assert any("bounded has no row where it may have" in note for note in document["notes"])
+    assert any("bounded has no row at the smallest sizes" in note for note in document["notes"])
     for row in rows:
         assert row["bytes_full"] == row["n_prompt"] * CELL
         if row["share"] is None:
@@ -52,7 +52,8 @@ def test_rows_of_equal_bytes(measured: tuple) -> None:
             assert row["n_kept"] == row["n_prompt"]
             assert row["attention_mass"] == pytest.approx(1.0)
             continue
-        assert row["bytes"] <= row["share"] * row["bytes_full"]
+        excess = 1.03 if row["method"] == "bounded" else 1
+        assert row["bytes"] <= excess * row["share"] * row["bytes_full"]
         assert 0 < row["attention_mass"] < 1 and row["n_evictions"] >= 1
     for row in (r for r in rows if r["share"] is not None):
         base, _, kind = row["method"].partition("@")

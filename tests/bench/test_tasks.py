@@ -76,7 +76,7 @@ def test_ruler_errors_say_what_to_change(tmp_path: Path) -> None:
     write_ruler(tmp_path / "ruler" / "4096", [{"input": "x", "outputs": ["y"]}])
     with pytest.raises(ValueError, match="pass --data"):
         load("vt", None)
-    with pytest.raises(ValueError, match=r"--length \[4096\]"):
+    with pytest.raises(ValueError, match=r"--lengths \[4096\]"):
         load("vt", tmp_path)
     with pytest.raises(ValueError, match=r"vt\.jsonl:1: fields missing: answer_prefix"):
         load("vt", tmp_path, length=4096)
