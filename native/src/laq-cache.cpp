@@ -21,9 +21,8 @@ void laq_ring::forget(int32_t p0) {
 //
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
-    ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p),
-    n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()), seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr),
-    n_ctx_own(ctx->n_ctx_seq()) {
+    ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()),
+    seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr), n_ctx_own(ctx->n_ctx_seq()) {
     set_params(p);
     init_layers();
     init_rings();

@@ -127,7 +127,7 @@ struct laq_cache {
 
     bool        can_score = false;  // what scoring needs was allocated
     bool        by_graph  = false;  // K and V are moved by a graph on their device
-    std::string devices;           // as laq_stats has them
+    std::string devices;            // as laq_stats has them
     std::string score_reason;
     std::string compact_reason;
 
