@@ -129,7 +129,7 @@ class Measurement:
         if case.share is None:
             assert case.n_tokens is not None
             return min(case.n_tokens, n_prompt)
-        cells = [self._readers.whole(t).bytes_per_cell for t in (F16, case.method.type)]
+        cells = [self._readers.bytes_per_cell(t) for t in (F16, case.method.type)]
         n = tokens_of_share(case.share, n_prompt, *cells)
         return n if case.method.bounded else min(n, n_prompt)
 
@@ -161,7 +161,7 @@ class Measurement:
             reply, decoder, facts = self._answer_bounded(prompt, case, full)
         else:
             reply, decoder, facts = self._answer_whole(prompt, case, full)
-        own, f16 = self._readers.whole(case.method.type), self._readers.whole(F16)
+        own, f16 = (self._readers.bytes_per_cell(t) for t in (case.method.type, F16))
         n_counted = facts.pop("n_counted")
         kl = kl_divergence(full.reply.logits, reply.logits)
         text = reply_text(decoder, reply.tokens) if reply.tokens else ""
@@ -172,8 +172,8 @@ class Measurement:
             "share": case.share,
             "type": case.method.type,
             "budget": facts.pop("budget"),
-            "bytes": round(n_counted * own.bytes_per_cell),
-            "bytes_full": round(len(prompt.tokens) * f16.bytes_per_cell),
+            "bytes": round(n_counted * own),
+            "bytes_full": round(len(prompt.tokens) * f16),
             "counts": "all cells" if case.method.bounded else "kept cells",
             "depth": prompt.example.depth,
             "prompt": prompt.digest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 from laq_gguf.bench.decoder import Decoder
@@ -111,28 +112,52 @@ class BoundedReader:
 
 
 class Readers:
-    """The readers of a run, each opened when it is first needed."""
+    """The readers of a run, each opened when it is first needed.
+
+    A model of more than ONE_AT_A_TIME bytes is loaded once at a time: it may not fit the memory
+    as often as there are K/V types and sizes.
+    """
+
+    ONE_AT_A_TIME = 2**30
 
     def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
         self._args, self._n_ctx = args, n_ctx
-        self._whole: dict[str, Reader] = {}
-        self._bounded: dict[tuple[str, int], BoundedReader] = {}
+        self._open: dict[tuple[str, int | None], Reader | BoundedReader] = {}
+        self._bytes_per_cell: dict[str, float] = {}
 
     def whole(self, type_name: str) -> Reader:
         """The reader of a K/V type."""
-        if type_name not in self._whole:
-            self._whole[type_name] = Reader(self._args, self._n_ctx, type_name)
-        return self._whole[type_name]
+        reader = self._get((type_name, None), lambda: Reader(self._args, self._n_ctx, type_name))
+        assert isinstance(reader, Reader)
+        self._bytes_per_cell[type_name] = reader.bytes_per_cell
+        return reader
 
     def bounded(self, method: Method, n_tokens: int) -> BoundedReader:
         """The reader of a bounded method with so many cells at most."""
         size = bounded_size(n_tokens, method.config)
-        key = (method.name, sum(size) if size else 0)
-        if key not in self._bounded:
-            self._bounded[key] = BoundedReader(self._args, self._n_ctx, method, n_tokens)
-        return self._bounded[key]
+        reader = self._get(
+            (method.name, sum(size) if size else 0),
+            lambda: BoundedReader(self._args, self._n_ctx, method, n_tokens),
+        )
+        assert isinstance(reader, BoundedReader)
+        return reader
+
+    def bytes_per_cell(self, type_name: str) -> float:
+        """Bytes of a cell of a K/V type over all layers, read back from an allocated cache."""
+        if type_name not in self._bytes_per_cell:
+            self.whole(type_name)
+        return self._bytes_per_cell[type_name]
+
+    def _get(
+        self, key: tuple[str, int | None], make: Callable[[], Reader | BoundedReader]
+    ) -> Reader | BoundedReader:
+        if key not in self._open:
+            if self._args.model.stat().st_size > self.ONE_AT_A_TIME:
+                self.close()
+            self._open[key] = make()
+        return self._open[key]
 
     def close(self) -> None:
         """Free all models."""
-        for reader in (*self._whole.values(), *self._bounded.values()):
-            reader.close()
+        while self._open:
+            self._open.popitem()[1].close()

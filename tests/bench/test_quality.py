@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from laq_gguf.bench import reading
 from laq_gguf.bench.answers import COUNTERS
 from laq_gguf.bench.provenance import SCHEMA
 from laq_gguf.bench.quality import _Clock
@@ -155,6 +158,36 @@ def test_a_clock_asks_whether_so_many_tokens_fit() -> None:
     forever = _Clock(None)
     forever.measured(1, 1e9)
     assert forever.has_time(10**9)
+
+
+class Opened:
+    """Stands in for a reader: says which are open."""
+
+    alive: ClassVar[list[str]] = []
+    bytes_per_cell = 8.0
+
+    def __init__(self, args: object, n_ctx: int, type_name: str) -> None:
+        self.name = type_name
+        self.alive.append(type_name)
+
+    def close(self) -> None:
+        self.alive.remove(self.name)
+
+
+def test_a_large_model_is_loaded_once_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "Reader", Opened)
+    model = tmp_path / "m.gguf"
+    model.write_bytes(bytes(100))
+    args = argparse.Namespace(model=model)
+    for most, alive in ((100, ["f16", "q8_0"]), (99, ["q8_0"])):
+        monkeypatch.setattr(reading.Readers, "ONE_AT_A_TIME", most)
+        readers = reading.Readers(args, 256)
+        assert readers.whole("f16") is readers.whole("f16")
+        readers.whole("q8_0")
+        assert Opened.alive == alive
+        assert readers.bytes_per_cell("f16") == 8.0 and Opened.alive == alive, "known already"
+        readers.close()
+        assert Opened.alive == []
 
 
 def test_errors_are_one_line_and_status_2(bench, tiny: Path, tmp_path: Path) -> None:
