@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=method_names, help="such as laq++,snapkv@q8_0,full@q4_0")
     add("--shares", type=shares, help="of the full f16 cache's bytes: 1/4,1/8,1/16")
     add("--budgets", type=integers, help="tokens in place of shares: 128,256")
+    add("--bounded-cells", type=int, help="bounded has no row with fewer cells than these")
     add("--n-compare", type=int, help="tokens of the full cache's answer that are compared")
     add("--max-new-tokens", type=int, help="of an answer, where the task allows more")
     add("--minutes", type=float, help="begin no example that would not be done by then")

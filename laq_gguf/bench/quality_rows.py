@@ -118,8 +118,9 @@ class Measurement:
             return True
         n, least = self._tokens(prompt, case), case.method.config.n_pinned()
         why = f"{least} are always kept" if n < least else ""
-        if case.method.bounded and bounded_size(n, case.method.config) is None:
-            why = "cells come in steps of 256, and a part of them is for what is being read"
+        size = bounded_size(n, case.method.config)
+        if case.method.bounded and (size is None or sum(size) < self._args.bounded_cells):
+            why = f"fewer than {self._args.bounded_cells} cells, or too few beside a probe"
         if why:
             self.file.note(f"{case.method.name} has no row at the smallest sizes: {why}")
         return not why
