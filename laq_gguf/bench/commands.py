@@ -13,7 +13,19 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from laq_gguf.bench import chat, device, memory, multiturn, quality, report, speed
+from laq_gguf.bench import (
+    chat,
+    device,
+    kept,
+    memory,
+    multiturn,
+    peers,
+    pictures,
+    quality,
+    report,
+    speed,
+    tune,
+)
 from laq_gguf.bench.worker import WorkerError
 from laq_gguf.errors import LaqError
 
@@ -24,6 +36,10 @@ COMMANDS: dict[str, ModuleType] = {
     "memory": memory,
     "device": device,
     "speed": speed,
+    "tune": tune,
+    "peers": peers,
+    "kept": kept,
+    "pictures": pictures,
     "report": report,
 }
 

@@ -138,7 +138,7 @@ def size_rows(document: Document) -> list[Row]:
                 "groups": groups,
                 "mean": statistics.fmean(scores) if scores and len(scores) == len(names) else None,
                 "ppl": None if nll is None else math.exp(nll),
-                "of_full": statistics.fmean(r["bytes"] / r["bytes_full"] for r in own),
+                "of_full": statistics.fmean(r["kv_bytes"] / r["kv_bytes_full"] for r in own),
                 "counts": own[0]["counts"],
                 **{name: mean_of(own, name) for name in MEANS},
             }
@@ -147,7 +147,7 @@ def size_rows(document: Document) -> list[Row]:
     return sorted(rows, key=lambda row: -shares[id(row)])
 
 
-MEANS = ("kl", "top1_agreement", "attention_mass", "bytes", "n_kept")
+MEANS = ("kl", "top1_agreement", "attention_mass", "kv_bytes", "n_kept")
 
 
 def _share_asked(row: Row, results: list[Row]) -> float:
@@ -173,7 +173,7 @@ def size_table(document: Document) -> str:
         ("method", lambda r: r["method"]),
         ("size", lambda r: _size(r)),
         ("tokens", lambda r: number(r["n_kept"], ".0f")),
-        ("KV, MiB", lambda r: number(r["bytes"] / 2**20, ".2f")),
+        ("KV, MiB", lambda r: number(r["kv_bytes"] / 2**20, ".2f")),
         ("n", lambda r: str(r["n"])),
         *((f"{name} ({n[name]})", of_group(name)) for name in n),
         ("mean", lambda r: number(r["mean"], ".3f")),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from laq_gguf.bench import quality_tables, tables
+from laq_gguf.bench import curve_tables, kept_page, peers_table, quality_tables, tables
 from laq_gguf.bench.markdown import Document
 from laq_gguf.bench.provenance import SCHEMA
 
@@ -91,6 +91,11 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "memory": tables.memory_table,
     "speed": tables.speed_table,
     "device": tables.device_table,
+    "peers": peers_table.peers_table,
+    "sweep": curve_tables.sweep_table,
+    "memory_curve": curve_tables.curve_table,
+    "tune": curve_tables.tune_table,
+    "kept": kept_page.kept_table,
 }
 # shorter ones for README
 SUMMARIES = {

@@ -16,7 +16,8 @@ from laq_gguf.bench.quality import _Clock
 from laq_gguf.bench.quality_rows import KEY
 
 ROW = {
-    *KEY, "share", "type", "budget", "bytes", "bytes_full", "counts", "depth", "prompt", "n_prompt",
+    *KEY, "share", "type", "budget", "kv_bytes", "kv_bytes_full", "counts", "depth", "prompt",
+    "n_prompt",
     "outputs", "text", "score", "top1_agreement", "kl", "kl_max", "n_compared", "attention_mass",
     "n_kept", "seconds", *COUNTERS,
 }  # fmt: skip
@@ -49,20 +50,20 @@ def test_rows_of_equal_bytes(measured: tuple) -> None:
     assert len(rows) == 2 * (2 + 6 * 2 + 1)
     assert any("bounded has no row at the smallest sizes" in note for note in document["notes"])
     for row in rows:
-        assert row["bytes_full"] == row["n_prompt"] * CELL
-        if row["share"] is None:
+        assert row["kv_bytes_full"] == row["n_prompt"] * CELL
+        if row["size"] is None:
             assert (row["n_evictions"], row["budget"]) == (0, None)
             assert row["n_kept"] == row["n_prompt"]
             assert row["attention_mass"] == pytest.approx(1.0)
             continue
         excess = 1.03 if row["method"] == "bounded" else 1
-        assert row["bytes"] <= excess * row["share"] * row["bytes_full"]
+        assert row["kv_bytes"] <= excess * row["share"] * row["kv_bytes_full"]
         assert 0 < row["attention_mass"] < 1 and row["n_evictions"] >= 1
-    for row in (r for r in rows if r["share"] is not None):
+    for row in (r for r in rows if r["size"] is not None):
         base, _, kind = row["method"].partition("@")
         if base == "bounded":
             assert row["counts"] == "all cells" and row["n_probe"] > 0
-            assert row["bytes"] == 256 * CELL and row["budget"] <= row["n_kept"] <= 256
+            assert row["kv_bytes"] == 256 * CELL and row["budget"] <= row["n_kept"] <= 256
             continue
         in_tokens = row["share"] * row["n_prompt"] * (32 / 17 if kind else 1)
         n_generated = 8 if base == "deferred" else 0
@@ -77,8 +78,8 @@ def test_the_full_cache_is_what_others_are_compared_with(measured: tuple) -> Non
         assert (full["kl"], full["top1_agreement"]) == (0.0, 1.0)
     for q8_0 in (r for r in rows if r["method"] == "full@q8_0"):
         assert 0 < q8_0["kl"] < 0.05
-        assert q8_0["bytes"] / q8_0["bytes_full"] == pytest.approx(17 / 32)
-    evicted = [r for r in rows if r["share"] is not None]
+        assert q8_0["kv_bytes"] / q8_0["kv_bytes_full"] == pytest.approx(17 / 32)
+    evicted = [r for r in rows if r["size"] is not None]
     assert all(r["kl"] > 0 and r["kl_max"] >= r["kl"] for r in evicted)
 
 
