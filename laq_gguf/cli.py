@@ -62,7 +62,8 @@ def _add_cache_flags(add: Any) -> None:
         "--lookahead",
         choices=config.LOOKAHEADS,
         default=lookahead,
-        help="tokens that the lookahead looks at: really generated ones, or greedy pseudo tokens",
+        help="tokens that the lookahead looks at: really generated ones, greedy pseudo tokens, "
+        "or newlines at the positions that follow",
     )
     numbers = {
         "lookahead_size": "lookahead tokens",

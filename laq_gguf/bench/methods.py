@@ -16,6 +16,7 @@ from laq_gguf.cli import CACHE_TYPES
 from laq_gguf.config import CELL_STEP, LaqConfig
 
 F16 = "f16"
+STEP_EXCESS = 0.03
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ METHODS: dict[str, Method] = {
     # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut
     "laq": Method({"kv_policy": "laq", "draft": "snapkv", **PSEUDO}),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
+    # queries of placeholders that know only where they stand: is generating worth it
+    "position": Method({"kv_policy": "laq++", "lookahead": "position"}),
     # its first lookahead_size tokens are the full cache's own
     "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
     "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),
@@ -129,10 +132,11 @@ def tokens_of_share(share: float, n_prompt: int, full_cell: float, own_cell: flo
 def bounded_size(n_tokens: int, config: LaqConfig) -> tuple[int, int] | None:
     """Budget and staging of a cache that never has more than n_tokens cells.
 
-    Cells come in steps of 256. A quarter of them, and no less than a prompt in chunks needs, is for
-    what is being read; the rest stays. None: not even one step fits, or nothing could stay.
+    Cells come in steps of 256: up to STEP_EXCESS more are taken rather than a whole step less. A
+    quarter of them, and no less than a prompt in chunks needs, is for what is being read; the rest
+    stays. None: not even one step fits, or nothing could stay.
     """
-    n_cells = n_tokens // CELL_STEP * CELL_STEP
+    n_cells = int(n_tokens * (1 + STEP_EXCESS)) // CELL_STEP * CELL_STEP
     staging = max(config.min_staging, n_cells // 4)
     budget = n_cells - staging
     return (budget, staging) if n_cells and budget >= config.n_pinned() else None

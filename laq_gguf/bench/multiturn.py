@@ -32,8 +32,7 @@ from laq_gguf.bench.options import (
     names,
 )
 from laq_gguf.bench.prompts import Renderer, chat_renderer, digest, open_tokenizer
-from laq_gguf.bench.quality import REUSED, reference_folder
-from laq_gguf.bench.references import References
+from laq_gguf.bench.references import REUSED, References, reference_folder
 from laq_gguf.bench.results import ResultFile
 from laq_gguf.bench.tables import multiturn_table
 from laq_gguf.bench.tasks import read_lines

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from laq_gguf.bench.answers import Reply, freely, reply_text
 from laq_gguf.bench.decoder import Decoder
 from laq_gguf.bench.methods import shares
-from laq_gguf.bench.metrics import METRICS, kl_divergence, top1_agreement
+from laq_gguf.bench.metrics import kl_divergence, top1_agreement
 from laq_gguf.bench.options import (
     add_common,
     add_resume,
@@ -34,10 +34,9 @@ from laq_gguf.bench.options import (
 )
 from laq_gguf.bench.peers_table import peers_table
 from laq_gguf.bench.prompts import Prompt, chat_renderer, make_prompt, open_tokenizer
-from laq_gguf.bench.quality import reference_folder
-from laq_gguf.bench.references import References
+from laq_gguf.bench.references import References, reference_folder
 from laq_gguf.bench.results import ResultFile
-from laq_gguf.bench.tasks import TASKS, load_examples
+from laq_gguf.bench.tasks import TASKS, load_examples, score
 
 if TYPE_CHECKING:
     from laq_gguf.bench.peers_cells import Cells
@@ -164,7 +163,7 @@ class Question:
 
     @property
     def max_new_tokens(self) -> int:
-        return TASKS[self.prompt.example.task].max_new_tokens
+        return self.prompt.example.max_new_tokens
 
 
 class _Run:
@@ -202,8 +201,7 @@ class _Run:
             row = peer_row(question, method, share, reply, own)
             row.update(sizes(kept[method, share], reading.full), seconds_read=seconds)
             row["text"] = reply_text(self._vocabulary, reply.tokens)
-            outputs = question.prompt.example.outputs
-            row["score"] = METRICS[TASKS[row["task"]].metric](row["text"], outputs)
+            row["score"] = score(question.prompt.example, row["text"])
             rows.append(row)
         self._file.add(*rows)
 
@@ -225,7 +223,7 @@ class _Run:
     def _reference(self, question: Question) -> Reply:
         """llama.cpp's full cache on the question; read now or in an earlier run."""
         prompt, n = question.prompt, self._args.n_compare
-        name = [prompt.tokens, prompt.lead], n, question.max_new_tokens
+        name = [prompt.tokens, prompt.path], n, question.max_new_tokens
         found = self._references.load(*name)
         if found is not None:
             return found[0]
@@ -337,7 +335,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Question], int]:
                     n_needles=args.n_needles,
                     count_tokens=lambda text: len(decoder.tokenize(text)),
                 )
-                prompts = [make_prompt(decoder, render, e, "pseudo") for e in examples]
+                prompts = [make_prompt(decoder, render, e) for e in examples]
                 by_task.append([Question(length, prompt) for prompt in prompts])
     n = max(map(len, by_task), default=0)
     questions = [group[i] for i in range(n) for group in by_task if i < len(group)]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SCHEMA = 1
-PACKAGES = ("laq-gguf", "llama-cpp-python", "numpy")
+PACKAGES = ("laq-gguf", "llama-cpp-python", "numpy", "rouge", "rapidfuzz")
 
 
 def provenance(kind: str, model: Path, settings: dict[str, object]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from laq_gguf import cli
-from laq_gguf.bench import commands, report
+from laq_gguf.bench import commands
 from laq_gguf.bench.methods import (
     METHODS,
     bounded_size,
@@ -31,7 +31,11 @@ def test_a_name_may_end_in_a_type() -> None:
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
     assert method_names("full,laq,full") == ["full", "laq"]
     for name in METHODS:
-        assert parse_method(name).config.kv_policy in name or name in ("deferred", "bounded")
+        assert parse_method(name).config.kv_policy in name or name in (
+            "deferred",
+            "bounded",
+            "position",
+        )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,8 @@ def test_a_bounded_cache_counts_all_its_cells() -> None:
     config = parse_method("bounded").config
     assert bounded_size(1100, config) == (768, 256), "cells come in steps of 256"
     assert bounded_size(256, config) == (168, 88) and config.min_staging == 88
-    assert bounded_size(255, config) is None
+    assert bounded_size(250, config) == (168, 88) and bounded_size(248, config) is None
+    assert sum(bounded_size(507, config)) == 512, "1 % more, not half"
 
 
 def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFixture) -> None:
@@ -77,7 +82,6 @@ def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFix
         assert (module.__doc__ or "").split(":")[0] in capsys.readouterr().out
     assert cli.main(["bench", "report", "none.json"]) == 2
     assert "laq-gguf bench report: no result file" in capsys.readouterr().err
-    assert set(report.TABLES) <= set(commands.COMMANDS)
 
 
 def test_a_command_is_shown_without_paths_of_this_machine(tmp_path: Path, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from laq_gguf.bench.prompts import Prompt
 from laq_gguf.bench.tasks import Example
 
 QUESTION = peers.Question(
-    2048, Prompt(Example("needles", "3", "a question", " It is", ("42",), 0.35), [5, 6, 7], [])
+    2048, Prompt(Example("needles", "3", "a question", " It is", ("42",), 0.35), [5, 6, 7])
 )
 
 
