@@ -20,6 +20,7 @@ from laq_gguf.bench.methods import share_text
 from laq_gguf.bench.report import read
 
 WIDTH, HEIGHT, DPI = 6.4, 4.2, 144
+MARKERS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,21 +121,21 @@ def over_bytes(document: Document, name: str) -> dict[str, list[tuple[float, flo
 def kv_share(row: Row) -> float | None:
     """Bytes of K and V, as a share of the full f16 cache of the prompt; None: not told.
 
-    Rows tell the share, or the cells that stay of the prompt's.
+    Rows of methods at equal bytes tell them; of others, the cells that stay of the prompt's.
     """
     if row["method"] == "full":
         return 1.0
-    if row.get("kv_bytes") and row.get("kv_bytes_full") and row.get("share") is not None:
+    if row.get("share") is not None or "size" in row:
         return row["kv_bytes"] / row["kv_bytes_full"]
-    if row.get("share") is not None:
-        return row["share"]
     if row.get("budget") and row.get("n_prompt"):
         return min(1.0, row["budget"] / row["n_prompt"])
     return None
 
 
 def _size(row: Row) -> Any:
-    return row["share"] if row.get("share") is not None else row.get("budget")
+    """What was asked for: a share of the bytes, or tokens."""
+    share = row.get("share")
+    return row.get("size") or (row.get("budget") if share is None else share_text(share))
 
 
 def needle_grids(document: Document) -> dict[str, dict[tuple[int, float], float]]:
@@ -144,17 +145,13 @@ def needle_grids(document: Document) -> dict[str, dict[tuple[int, float], float]
         if row["task"] != "needles" or row.get("depth") is None:
             continue
         length = row.get("length") or document["settings"].get("length") or row["n_prompt"]
-        size = "" if row["method"] == "full" else f" {_size_text(row)}"
+        size = "" if row["method"] == "full" else f" {_size(row)}"
         cell = grids.setdefault(f"{row['method']}{size}", {})
         cell.setdefault((length, row["depth"]), []).append(row["score"])
     return {
         name: {at: statistics.fmean(scores) for at, scores in grid.items()}
         for name, grid in grids.items()
     }
-
-
-def _size_text(row: Row) -> str:
-    return share_text(row["share"]) if row.get("share") is not None else str(row["budget"])
 
 
 def sweep_pictures(document: Document, stem: Path) -> list[Path]:
@@ -219,8 +216,10 @@ def _draw_lines(
     """A line for each name; x is a power of two."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
+    for i, (name, points) in enumerate(lines.items()):
+        # matplotlib has ten colours
+        marker, style = MARKERS[i // 10 % len(MARKERS)]
+        axes.plot(*zip(*sorted(points), strict=True), marker + style, markersize=4, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: share_text(x) if x < 1 else f"{x:,.0f}")
     if log_y:
@@ -229,7 +228,11 @@ def _draw_lines(
         axes.set_ylim(bottom=0)
     axes.set(title=labels.title, xlabel=labels.x, ylabel=labels.y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if len(lines) > 8:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.set_figwidth(WIDTH + 2)
+    else:
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
