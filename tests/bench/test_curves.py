@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from laq_gguf.bench import report, sweep, tune
@@ -99,14 +100,28 @@ def test_bisection_never_asks_below_the_smallest_allowed() -> None:
 
 def test_tune_table_names_the_keyword() -> None:
     def row(budget: int, top1: float) -> dict:
-        return {"budget": budget, "top1_agreement": top1, "kl": 0.1, "n_compared": 63}
+        row = {"budget": budget, "top1_agreement": top1, "kl": 0.1, "n_compared": 63}
+        return {**row, "kv_bytes": budget * 2**13}
 
     rows = [row(128, 0.96), row(64, 0.9)]
     document = {"settings": {"target": 0.95}, "n_prompts": [256], "results": rows}
     table = tune_table({**document, "kv_budget": 128})
-    assert table.index("| 64 | 0.250 | 0.900 | 0.1000 | 63 | below |") < table.index("| 128 |")
+    assert table.index("| 64 | 0.250 | 0.50 | 0.900 | 0.1000 | 63 | below |") < table.index(
+        "| 128 |"
+    )
     assert "`kv_budget=128`, or `--kv-budget 128`" in table
     assert "lower --target" in tune_table({**document, "kv_budget": None})
+
+
+def test_what_is_compared_begins_after_the_eviction() -> None:
+    full = np.log(np.array([[0.5, 0.5], [0.75, 0.25], [0.25, 0.75]], dtype=np.float32))
+    own = np.log(np.array([[0.1, 0.9], [0.75, 0.25], [0.75, 0.25]], dtype=np.float32))
+    row = tune.compare([full, full[:2]], [own, own[:2]], 64)
+    # rows 1 and 2 of the first piece, row 1 of the second
+    assert (row["n_compared"], row["top1_agreement"]) == (3, pytest.approx(2 / 3))
+    assert row["kl"] == pytest.approx(0.5 * np.log(3) / 3)
+    # a path of one token has nothing else
+    assert tune.compare([full[:1]], [own[:1]], 64)["n_compared"] == 1
 
 
 @pytest.mark.model
@@ -158,14 +173,16 @@ def test_memory_over_context(bench, model: Path, plain_lib: Path, tmp_path: Path
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("question", [None, "Which line is the last one?"])
-def test_tune(bench, model: Path, tmp_path: Path, question: str | None) -> None:
+@pytest.mark.parametrize(
+    ("question", "staging"), [(None, 0), ("Which line is the last one?", 0), (None, 136)]
+)
+def test_tune(bench, model: Path, tmp_path: Path, question: str | None, staging: int) -> None:
     out, text = tmp_path / "tune.json", tmp_path / "text.txt"
     lines = (f"Line {i}: the {i}th house has {i * i % 97} windows.\n" for i in range(60))
     text.write_text("".join(lines), encoding="utf-8")
     done = bench(
         "tune", "--model", model, "--text", text, "--length", 120, "--pieces", 2, "--step", 48,
-        "--n-compare", 16, "--target", 0.8, "--out", out, *ONE_THREAD,
+        "--n-compare", 16, "--target", 0.8, "--out", out, *ONE_THREAD, "--kv-staging", staging,
         *(["--prompt", question] if question else []),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
