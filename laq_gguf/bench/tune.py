@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--target is above 0 and at most 1, got {args.target}")
     if min(args.step, args.pieces, args.n_compare, args.length) < 1:
         raise ValueError("--step, --pieces, --n-compare and --length are at least 1")
+    config = LaqConfig(kv_policy=args.policy, lookahead="pseudo", **eviction_options(args))
     text = read_text(args.text)
     document = provenance("tune", args.model, {**settings(args), "text": args.text.name})
     document.update(notes=NOTES, results=[])
@@ -106,7 +107,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with closing(Whole(args, pieces, n_ctx)) as whole:
         full = whole.full()
         caches = Chunked(args, pieces, n_ctx, whole.paths) if args.kv_staging else whole
-        config = LaqConfig(kv_policy=args.policy, lookahead="pseudo", **eviction_options(args))
         low = max(config.n_pinned(), args.step)
         document["kv_budget"] = smallest(measure, low, n_prompt, args.step)
     if args.out:
