@@ -204,9 +204,12 @@ class Attachment:
             self._native.lib.laq_detach(laq)
 
     def _call(self, function: str, *args: Any) -> None:
+        self._call_any(function, SEQ_ID, *args)
+
+    def _call_any(self, function: str, *args: Any) -> None:
         if self._laq is None:
             raise LaqStateError("the model is closed: make a new Llama")
-        self._native.check(function, getattr(self._native.lib, function)(self._laq, SEQ_ID, *args))
+        self._native.check(function, getattr(self._native.lib, function)(self._laq, *args))
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
         """Make room for the next tokens of a prompt; how many of them to decode in one batch.
@@ -227,6 +230,10 @@ class Attachment:
         """Carry out an eviction that waits, with the lookahead queries there are."""
         self._call("laq_flush")
 
+    def set_params(self, params: Any) -> None:
+        """Other settings from now on: `struct laq_params *`."""
+        self._call_any("laq_set_params", params)
+
     def set_pinned(self, spans: Sequence[tuple[int, int]]) -> None:
         """Positions [first, end) that no eviction frees from now on."""
         pinned = self._native.ffi.new("struct laq_span[]", [list(span) for span in spans])
@@ -246,6 +253,36 @@ class Attachment:
         dst = self._native.ffi.from_buffer("int32_t[]", kept, require_writable=True)
         self._call("laq_kept_positions", dst, kept.size)
         return kept
+
+    def layer_info(self, ikv: int) -> Any:
+        """`struct laq_layer_info` of a layer of the KV cache."""
+        info = self._native.ffi.new("struct laq_layer_info *")
+        info.size = self._native.ffi.sizeof("struct laq_layer_info")
+        self._call_any("laq_get_layer_info", ikv, info)
+        return info
+
+    def queries(self, ikv: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Captured queries of a layer after RoPE, oldest first.
+
+        Returns:
+            Their positions (n_queries,), and the queries (n_queries, n_head, d).
+        """
+        info, ffi = self.layer_info(ikv), self._native.ffi
+        positions = np.empty(info.n_queries, np.int32)
+        queries = np.empty((info.n_queries, info.n_head, info.n_embd_head_k), np.float32)
+        where = ffi.from_buffer("int32_t[]", positions, require_writable=True)
+        dst = ffi.from_buffer("float[]", queries, require_writable=True)
+        self._call_any("laq_get_queries", ikv, where, dst, queries.size)
+        return positions, queries
+
+    def keys(self, ikv: int) -> npt.NDArray[np.float32]:
+        """Resident keys of a layer after RoPE, in order of position: (n_resident, n_head_kv, d)."""
+        info = self.layer_info(ikv)
+        n_resident = self.stats(scored=False).n_resident
+        keys = np.empty((n_resident, info.n_head_kv, info.n_embd_head_k), np.float32)
+        dst = self._native.ffi.from_buffer("float[]", keys, require_writable=True)
+        self._call_any("laq_get_keys", ikv, dst, keys.size)
+        return keys
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The `laq-gguf` command: answer from a document with a small KV cache; check an installation."""
+"""The `laq-gguf` command: answer from a document in a small KV cache, check an install, measure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def _add_cache_flags(add: Any) -> None:
         "--lookahead",
         choices=config.LOOKAHEADS,
         default=lookahead,
-        help="tokens that the lookahead looks at: really generated ones, or greedy pseudo tokens",
+        help="tokens that the lookahead looks at: really generated ones, greedy pseudo tokens, "
+        "or newlines at the positions that follow",
     )
     numbers = {
         "lookahead_size": "lookahead tokens",
@@ -112,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     doctor = commands.add_parser("doctor", help="show versions, the loaded library, the devices")
     doctor.set_defaults(run=_doctor)
+    commands.add_parser(
+        "bench", help="measure quality, memory and speed with a model of yours; see bench --help"
+    )
     return parser
 
 
@@ -276,6 +280,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        from .bench import commands
+
+        return commands.main(argv[1:])
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import LaqArgumentError, LaqModelError
 
 POLICIES = {"full": 0, "laq": 1, "laq++": 2, "snapkv": 3, "streaming": 4, "random": 5}
-LOOKAHEADS = {"deferred": 0, "pseudo": 1}
+LOOKAHEADS = {"deferred": 0, "pseudo": 1, "position": 2}
 DRAFTS = {"full": 0, "snapkv": 1}
 POOLINGS = {"none": 0, "max": 1, "avg": 2}
 SCORE_KERNELS = {"auto": 0, "fused": 1, "composed": 2}

@@ -33,11 +33,12 @@ from .errors import (  # noqa: E402
     LaqStateError,
 )
 from .gguf_meta import read_shape  # noqa: E402
+from .settings import SettingsMixin  # noqa: E402
 from .state import StateMixin  # noqa: E402
 from .stats import KvStats  # noqa: E402
 
 
-class Llama(StateMixin, llama_cpp.Llama):
+class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
     """llama_cpp.Llama in a KV cache of fixed size, however long prompt, answer and chat grow.
 
     Attributes:
@@ -96,7 +97,8 @@ class Llama(StateMixin, llama_cpp.Llama):
                 "random" (by seed), "full" (never evict).
             lookahead: "deferred": the lookahead queries are the first lookahead_size tokens that
                 are really generated; "pseudo": greedy tokens, decoded and dropped before the
-                first one is sampled.
+                first one is sampled; "position": newlines at the positions that follow, in one
+                pass, to compare with: nothing is generated.
             lookahead_size: lookahead tokens.
             window_size: last prompt tokens that every head keeps (snapkv: snapkv_window).
             n_sink: first positions, always kept.

@@ -1,4 +1,4 @@
-"""Benchmarks: quality, multiturn, chat, memory, speed, device; and `report`, `readme`.
+"""The benchmarks of `laq-gguf bench` from a checkout, and `readme`.
 
 Exit status 0 whatever is measured.
 """
@@ -8,47 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from laq_gguf import LaqError
-from laq_gguf.bench import chat, device, memory, multiturn, quality, report, speed
-from laq_gguf.bench.worker import WorkerError
+from laq_gguf.bench import commands, report
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {
-    "quality": quality,
-    "multiturn": multiturn,
-    "chat": chat,
-    "memory": memory,
-    "device": device,
-    "speed": speed,
-}
 README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; 2 if it could not be run."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(function=module.run)
-    command = commands.add_parser("report", description=report.__doc__)
-    command.add_argument("files", type=Path, nargs="+", help="result files")
-    command.set_defaults(function=_report)
-    command = commands.add_parser("readme", description="Write README's tables from the results.")
-    command.set_defaults(function=_readme)
-    args = parser.parse_args(argv)
-    try:
-        args.function(args)
-    except (ValueError, LaqError, WorkerError, chat.CapError) as error:
-        print(f"bench.py {args.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _report(args: argparse.Namespace) -> None:
-    print("\n\n".join(report.render(path) for path in args.files))
 
 
 def measured(text: str) -> str:
@@ -62,9 +27,16 @@ def measured(text: str) -> str:
     return f"{before}{begin}{section}\n{end}{after}"
 
 
-def _readme(args: argparse.Namespace) -> None:
+def write_readme(args: argparse.Namespace) -> None:
+    """Write README's tables from the committed results."""
     README.write_text(measured(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+README_COMMAND = SimpleNamespace(
+    __doc__=write_readme.__doc__, add_arguments=lambda parser: None, run=write_readme
+)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    every = {**commands.COMMANDS, "readme": README_COMMAND}
+    sys.exit(commands.main(prog="bench.py", commands=every))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from laq_gguf.bench.decoder import Decoder
-from laq_gguf.bench.prompts import Prompt
 
 # counters of KvStats that add up: a row shows what its own prompt added
 COUNTERS = (
@@ -27,27 +25,12 @@ class Reply:
     Attributes:
         tokens: greedy, an end token included.
         logits: (n, n_vocab) along the reference.
-        cost: ms_prefill (time to the first token), and of an evicting cache its COUNTERS.
+        cost: figures in ms and numbers of tokens, JSON values.
     """
 
     tokens: list[int]
     logits: npt.NDArray[np.float32]
     cost: dict[str, Any] = field(default_factory=dict)
-
-
-class _Reading:
-    """One reading of a prompt, and what it cost until `end`."""
-
-    def __init__(self, decoder: Decoder, prompt: Prompt, shared: list[int]) -> None:
-        self._decoder, self._before = decoder, decoder.stats()
-        start = time.perf_counter()
-        decoder.prefill(prompt.tokens)
-        self._ms = 1e3 * (time.perf_counter() - start)
-        for token in [*prompt.lead, *shared]:
-            decoder.step(token)
-
-    def end(self) -> dict[str, Any]:
-        return {"ms_prefill": self._ms, **added(self._before, self._decoder.stats())}
 
 
 def added(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
@@ -59,60 +42,47 @@ def added(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[s
 
 def answer(
     decoder: Decoder,
-    prompt: Prompt,
-    reference: Reply | None,
-    *,
+    path: Sequence[int],
     max_new_tokens: int,
-    n_compare: int,
-    n_exact: int,
+    again: Callable[[], None],
+    *,
+    stepwise: bool = False,
 ) -> Reply:
-    """Follow the reference for up to `n_compare` tokens, then answer freely.
+    """Follow a path, then answer freely.
 
-    As long as the greedy token is the reference's, following it and answering freely are the same;
-    at the first other token the cache goes back there. Without a reference: a free answer.
+    As long as the greedy token is the path's, following it and answering freely are the same; at
+    the first other token the cache goes back there.
 
     Args:
-        n_exact: length of a reply, lead included, before which the cache is not yet evicted and to
-            which it cannot go back: the prompt is read again then.
+        decoder: a prompt has been read, its last logits are there.
+        path: at least one token.
+        max_new_tokens: of the free answer; 0: there is none.
+        again: brings the cache back to where the prompt ends, but for the logits: for caches that
+            evicted on the way and cannot go back.
+        stepwise: follow token by token: an eviction waits for the first ones.
 
     Returns:
-        The free answer, and logits along the reference (along itself without one). Where the
-        prompt was read twice, the cost is that of the first reading that evicted.
+        The free answer, and logits along the path.
     """
-    reading, costs = _Reading(decoder, prompt, []), []
-    start = decoder.n_tokens
-    rows: list[npt.NDArray[np.float32]] = []
-    tokens: list[int] = []
-    if reference is not None:
-        tokens, rows = follow(decoder, reference.tokens[:n_compare])
-        shared = tokens[:-1]
-        if decoder.n_tokens > start + len(shared):
-            can_go_back = len(prompt.lead) + len(shared) >= n_exact
-            if not (can_go_back and decoder.rewind(start + len(shared))):
-                costs.append(reading.end())
-                reading = _Reading(decoder, prompt, shared)
-    while not tokens or (len(tokens) < max_new_tokens and not decoder.is_end(tokens[-1])):
-        if tokens:
-            decoder.step(tokens[-1])
-        if reference is None and len(rows) < n_compare:
-            rows.append(decoder.logits().copy())
-        tokens.append(int(decoder.logits().argmax()))
-    costs.append(reading.end())
-    cost = next((c for c in costs if c.get("n_evictions")), costs[-1])
-    return Reply(tokens, np.stack(rows), cost)
-
-
-def follow(decoder: Decoder, path: list[int]) -> tuple[list[int], list[npt.NDArray[np.float32]]]:
-    """Decode along `path`: the greedy tokens up to the first that leaves it, the logits of all."""
-    rows = []
-    greedy: list[int] = []
-    for i in range(len(path)):
-        if i:
-            decoder.step(path[i - 1])
-        rows.append(decoder.logits().copy())
-        if greedy == path[:i]:
-            greedy.append(int(rows[-1].argmax()))
-    return greedy, rows
+    start, first = decoder.n_tokens, decoder.logits().copy()
+    if stepwise:
+        logits = led(decoder, first, path)
+    else:
+        logits = np.concatenate([first[None], decoder.decode(path[:-1])])
+    greedy = logits.argmax(axis=-1).tolist()
+    n_same = next((i for i, token in enumerate(path) if greedy[i] != token), len(path))
+    tokens = [*path[:n_same], *greedy[n_same : n_same + 1]][:max_new_tokens]
+    if len(tokens) == max_new_tokens or decoder.is_end(tokens[-1]):
+        return Reply(tokens, logits)
+    n_back = start + len(tokens) - 1
+    # what waited for the path's tokens did not see those of the free answer
+    if decoder.n_tokens > n_back and (stepwise or not decoder.rewind(n_back)):
+        again()
+        for token in tokens[:-1]:
+            decoder.step(token)
+    decoder.step(tokens[-1])
+    more, _ = freely(decoder, decoder.logits(), max_new_tokens - len(tokens))
+    return Reply([*tokens, *more], logits)
 
 
 def read(decoder: Decoder, conversation: list[int], *, is_first: bool) -> int:

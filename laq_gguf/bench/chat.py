@@ -45,7 +45,7 @@ class CapError(RuntimeError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py chat`."""
+    """The options of `bench chat`."""
     add_common(parser)
     parser.add_argument("--turns", type=int, default=60, help="turns of the chat")
     parser.add_argument(

@@ -98,6 +98,37 @@ class Decoder:
             raise RuntimeError(f"llama_decode returned {status} at position {self.n_tokens}")
         self.n_tokens += 1
 
+    def decode(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Decode tokens at the next positions, in batches: logits after each, (n, n_vocab).
+
+        Raises:
+            RuntimeError: if llama_decode fails.
+        """
+        rows = np.empty((len(tokens), self.n_vocab), np.float32)
+        for i in range(0, len(tokens), self.llm.n_batch):
+            part = tokens[i : i + self.llm.n_batch]
+            batch = self.api.llama_batch_init(len(part), 0, 1)
+            try:
+                self._fill(batch, part)
+                status = self.api.llama_decode(self.llm.ctx, batch)
+                if status != 0:
+                    raise RuntimeError(
+                        f"llama_decode returned {status} at position {self.n_tokens}"
+                    )
+                for j in range(len(part)):
+                    pointer = self.api.llama_get_logits_ith(self.llm.ctx, j)
+                    rows[i + j] = np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+            finally:
+                self.api.llama_batch_free(batch)
+            self.n_tokens += len(part)
+        return rows
+
+    def _fill(self, batch: Any, tokens: Sequence[int]) -> None:
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, self.n_tokens + i
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, True
+        batch.n_tokens = len(tokens)
+
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the next token (n_vocab,): a view, valid until the next step."""
         pointer = self.api.llama_get_logits_ith(self.llm.ctx, -1)

@@ -25,11 +25,13 @@ from laq_gguf.bench.options import (
     settings,
 )
 from laq_gguf.bench.provenance import provenance, write_json
+from laq_gguf.bench.speed import check_plain_lib
 from laq_gguf.bench.tables import memory_table
 from laq_gguf.bench.worker import Worker, WorkerError
 from laq_gguf.config import round_cells
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # enum ggml_type
+CURVE_ONLY = ("plain_lib", "contexts", "device")
 NOTES = [
     "ours: bytes read back from the buffers; stock: what llama.cpp logs, in hundredths of a MiB; "
     "graphs: compute buffers; peak RSS (VmHWM) holds the pages of the model that were touched and "
@@ -38,7 +40,7 @@ NOTES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py memory`."""
+    """The options of `bench memory`."""
     add_common(parser)
     parser.add_argument(
         "--plain-lib", type=Path, default=Path("build/plain/bin"),
@@ -51,19 +53,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-staging", type=int, default=512, help="cells beyond the budget")
     parser.add_argument("--types", type=names(TYPES), default=["f16", "q8_0"], help="of K and V")
     parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded after the prompt")
+    parser.add_argument(
+        "--contexts", type=integers,
+        help="a curve instead: both sides read so many tokens, with commas; stock has cells for "
+        "all of them",
+    )  # fmt: skip
+    parser.add_argument("--device", default="CPU", help="of the curve, as laq-gguf doctor names it")
     add_eviction(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write `args.out` after each process, print the table; return the document.
 
+    With --contexts: see memory_curve.py.
+
     Raises:
         ValueError: options or files that cannot be used.
         WorkerError: a configuration that does not run.
     """
     check_model(args)
-    if not args.plain_lib.is_dir():
-        raise ValueError(f"no unpatched libraries at {args.plain_lib}: pass --plain-lib DIR")
+    check_plain_lib(args)
+    if args.contexts:
+        from laq_gguf.bench import memory_curve  # it is built of this module
+
+        return memory_curve.run(args)
     n_cells = round_cells(args.budget + args.kv_staging)
     n_prompt = n_cells + n_cells // 2
     if min(args.n_ctx) < n_prompt + args.n_decode:
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.n_decode >= n_cells:
         raise ValueError(f"--n-decode is below the {n_cells} cells")
-    kept = {k: v for k, v in settings(args).items() if k != "plain_lib"}
+    kept = {k: v for k, v in settings(args).items() if k not in CURVE_ONLY}
     document = provenance("memory", args.model, kept)
     document.update(notes=NOTES, results=[])
     for name in args.types:

@@ -1,6 +1,7 @@
 """METRICS: how an answer is scored, and how near a cache stays to the full one.
 
-Answers: case-insensitive containment as in RULER (arXiv 2404.06654), F1 and EM as in SQuAD.
+Answers: case-insensitive containment as in RULER (arXiv 2404.06654), F1 and EM as in SQuAD, and
+LongBench's (longbench.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from laq_gguf.bench import longbench
 
 
 def share_found(text: str, outputs: Sequence[str]) -> float:
@@ -60,9 +63,11 @@ def _require_outputs(outputs: Sequence[str]) -> None:
         raise ValueError("an example without expected outputs cannot be scored")
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+METRICS: dict[str, Callable[..., float]] = {
     "share_found": share_found,
     "any_found": any_found,
+    "squad_f1": squad_f1,
+    **longbench.METRICS,
 }
 
 
@@ -86,6 +91,14 @@ def top1_agreement(logits_full: npt.ArrayLike, logits: npt.ArrayLike) -> float:
     """Share of rows whose most likely token is the same. Both (n, n_vocab)."""
     log_p, log_q = _pair(logits_full, logits)
     return float(np.mean(log_p.argmax(axis=-1) == log_q.argmax(axis=-1)))
+
+
+def negative_log_likelihood(logits: npt.ArrayLike, tokens: Sequence[int]) -> float:
+    """Mean over rows of -log p(token), nats. logits: (n, n_vocab), tokens: (n,)."""
+    log_p = log_softmax(logits)
+    if log_p.ndim != 2 or len(log_p) != len(tokens) or not len(tokens):
+        raise ValueError(f"a token for each row is needed, got {log_p.shape} and {len(tokens)}")
+    return float(-log_p[np.arange(len(tokens)), np.asarray(tokens)].mean())
 
 
 def _pair(

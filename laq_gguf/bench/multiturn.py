@@ -32,8 +32,7 @@ from laq_gguf.bench.options import (
     names,
 )
 from laq_gguf.bench.prompts import Renderer, chat_renderer, digest, open_tokenizer
-from laq_gguf.bench.quality import REUSED, reference_folder
-from laq_gguf.bench.references import References
+from laq_gguf.bench.references import REUSED, References, reference_folder
 from laq_gguf.bench.results import ResultFile
 from laq_gguf.bench.tables import multiturn_table
 from laq_gguf.bench.tasks import read_lines
@@ -80,7 +79,7 @@ class Chat:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py multiturn`."""
+    """The options of `bench multiturn`."""
     add_common(parser)
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {FILE.as_posix()}")
     parser.add_argument("--limit", type=int, help="the first N texts only")

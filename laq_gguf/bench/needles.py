@@ -6,6 +6,7 @@ Deterministic: only `random.Random.random` is used, whose sequence Python guaran
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 
 SUBJECTS = (
@@ -52,20 +53,46 @@ SENTENCES_PER_PARAGRAPH = 5
 
 
 def needle_prompts(
-    n: int, n_tokens: int, count_tokens: Callable[[str], int], seed: int = 1
+    n: int,
+    n_tokens: int,
+    count_tokens: Callable[[str], int],
+    seed: int = 1,
+    hay: Sequence[str] | None = None,
 ) -> list[dict[str, object]]:
     """`n` prompts of at most `n_tokens` tokens whose needles lie at depths (i + 0.5) / n.
 
     Args:
         count_tokens: length of a text in the model's tokens.
+        hay: sentences of a text to hide the needles in, each prompt beginning at another one;
+            None: sentences made from the word lists.
 
     Returns:
         Records with the keys input, answer_prefix, outputs (as RULER has them) and depth.
 
     Raises:
-        ValueError: if not even ten sentences fit.
+        ValueError: if not even ten sentences fit, or `hay` does not fill the length.
     """
-    return [_prompt(i, (i + 0.5) / n, n_tokens, count_tokens, seed) for i in range(n)]
+    return [_prompt(i, (i + 0.5) / n, n_tokens, count_tokens, seed, hay) for i in range(n)]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, blanks made single."""
+    parts = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
+    return [part for part in parts if part]
+
+
+def spread_order(n: int) -> list[int]:
+    """0 to n - 1 in an order whose every beginning is spread over them: halves, then quarters."""
+
+    def reversed_bits(i: int) -> float:
+        value, step = 0.0, 0.5
+        while i:
+            value, step, i = value + step * (i & 1), step / 2, i >> 1
+        return value
+
+    # from the middle on: the first is neither end
+    ranks = sorted(range(n), key=reversed_bits)
+    return [(i + n // 2) % n for i in ranks]
 
 
 def essay(n_sentences: int, seed: int = 1) -> str:
@@ -75,7 +102,12 @@ def essay(n_sentences: int, seed: int = 1) -> str:
 
 
 def _prompt(
-    index: int, depth: float, n_tokens: int, count_tokens: Callable[[str], int], seed: int
+    index: int,
+    depth: float,
+    n_tokens: int,
+    count_tokens: Callable[[str], int],
+    seed: int,
+    hay: Sequence[str] | None,
 ) -> dict[str, object]:
     rng = random.Random(seed * 1_000_003 + index)
     name = f"{_pick(rng, COLOURS)} {_pick(rng, OBJECT_NAMES)}"
@@ -92,10 +124,17 @@ def _prompt(
         return f"Read this essay.\n\n{essay}\n\n{question}"
 
     # tokens are not additive over sentences, so the number of sentences is found by bisection
-    pool = [_sentence(rng) for _ in range(max(n_tokens // 8, 10))]
+    if hay is None:
+        pool = [_sentence(rng) for _ in range(max(n_tokens // 8, 10))]
+    else:
+        pool = _rotated(hay, index)[:n_tokens]  # none is shorter than a token
+        if len(pool) < 10 or count_tokens(message(pool)) < n_tokens:
+            raise ValueError(
+                f"--text has no {n_tokens} tokens: give a longer one or lower --lengths"
+            )
     low, high = 10, len(pool)
     if count_tokens(message(pool[:low])) > n_tokens:
-        raise ValueError(f"a needle prompt needs more than {n_tokens} tokens: raise --length")
+        raise ValueError(f"a needle prompt needs more than {n_tokens} tokens: raise --lengths")
     while low < high:
         middle = (low + high + 1) // 2
         if count_tokens(message(pool[:middle])) <= n_tokens:
@@ -108,6 +147,11 @@ def _prompt(
         "outputs": [number],
         "depth": round(depth, 4),
     }
+
+
+def _rotated(hay: Sequence[str], index: int) -> list[str]:
+    start = int(index * 0.618034 * len(hay)) % max(len(hay), 1)
+    return [*hay[start:], *hay[:start]]
 
 
 def _sentence(rng: random.Random) -> str:

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from laq_gguf.bench.provenance import usable_cores
+from laq_gguf.bench.provenance import sha256, usable_cores
 from laq_gguf.config import LaqConfig
 
 # where things are, and how a run goes on: no part of what is measured
-NO_SETTINGS = frozenset({"model", "data", "references", "out", "overwrite", "command", "function"})
+NO_SETTINGS = frozenset(
+    {"model", "data", "references", "out", "overwrite", "command", "function", "minutes"}
+)
 EVICTION = ("lookahead_size", "window_size", "probe_size", "chunk_size", "follow_size")
 
 
@@ -23,13 +25,18 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """--overwrite, --references: for runs that are long enough to be stopped."""
-    parser.add_argument(
-        "--overwrite", action="store_true",
-        help="begin anew; without it a run goes on with what --out already holds",
-    )  # fmt: skip
+    add_overwrite(parser)
     parser.add_argument(
         "--references", type=Path,
         help="folder for the full cache's replies: they are kept there for later runs",
+    )  # fmt: skip
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite."""
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="begin anew; without it a run goes on with what --out already holds",
     )  # fmt: skip
 
 
@@ -57,7 +64,11 @@ def llama_options(args: argparse.Namespace, n_ctx: int) -> dict[str, Any]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what is measured, for the head of a result file."""
-    return {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
+    return {
+        k: {"file": v.name, "sha256": sha256(v)} if isinstance(v, Path) and v.is_file() else v
+        for k, v in vars(args).items()
+        if k not in NO_SETTINGS
+    }
 
 
 def check_model(args: argparse.Namespace) -> None:

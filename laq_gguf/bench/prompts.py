@@ -1,4 +1,4 @@
-"""Prompts in the model's own tokens: a question with its reply's beginning, or a chat."""
+"""Prompts in the model's own tokens: a question with its reply's beginning, or a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laq_gguf.bench.decoder import Decoder
+from laq_gguf.bench.longbench import middle_cut
 from laq_gguf.bench.tasks import Example
 
 Renderer = Callable[[Sequence[dict[str, str]]], str]
@@ -16,16 +17,21 @@ Renderer = Callable[[Sequence[dict[str, str]]], str]
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example in tokens: `lead` is decoded as the reply's beginning, after the prompt."""
+    """An example in tokens.
+
+    Attributes:
+        tokens: what is read, the beginning of the reply included.
+        path: how the text really goes on, where nothing is answered.
+    """
 
     example: Example
     tokens: list[int]
-    lead: list[int]
+    path: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
         """Tells prompts apart: 12 hex digits."""
-        return digest(self.tokens, self.lead)
+        return digest(self.tokens, self.path)
 
 
 def digest(*parts: Sequence[int]) -> str:
@@ -42,24 +48,41 @@ def open_tokenizer(model: str) -> Decoder:
     return Decoder("llama_cpp", model, {"vocab_only": True, "n_ctx": 256})
 
 
-def make_prompt(
-    decoder: Decoder, render: Renderer | None, example: Example, lookahead: str
-) -> Prompt:
+def make_prompt(decoder: Decoder, render: Renderer | None, example: Example) -> Prompt:
     """An example in tokens.
 
     Args:
         render: the chat template, see `chat_renderer`; None: plain text.
-        lookahead: "deferred": the reply's beginning is apart from the prompt, as its `lead`.
     """
-    text, add_bos = example.message, render is None
-    if render is not None:
-        text = render([{"role": "user", "content": example.message}])
-    if lookahead == "deferred":
-        lead = decoder.tokenize(example.answer_prefix)
-        return Prompt(example, decoder.tokenize(text, add_bos=add_bos, special=True), lead)
+    message = example.message
+    if example.cut is not None:
+        message = middle_cut(message, example.cut, decoder.tokenize, decoder.text)
+    is_chat = render is not None and not example.is_plain
+    text = render([{"role": "user", "content": message}]) if is_chat else message
     # templates may write begin-of-text themselves
-    tokens = decoder.tokenize(text + example.answer_prefix, add_bos=add_bos, special=True)
-    return Prompt(example, tokens, [])
+    tokens = decoder.tokenize(text + example.answer_prefix, add_bos=not is_chat, special=is_chat)
+    return Prompt(example, tokens)
+
+
+def text_prompts(decoder: Decoder, text: str, n_tokens: int, n_path: int, n: int) -> list[Prompt]:
+    """Pieces of a text of `n_tokens` tokens, spread over it, and the `n_path` that follow each.
+
+    Raises:
+        ValueError: the text is too short for one.
+    """
+    # no token is longer than a word: what is tokenized need not be the whole of a long text
+    tokens = decoder.tokenize(text[: 64 * n * (n_tokens + n_path)])
+    begin, need = decoder.tokenize("", add_bos=True), n_tokens + n_path
+    if len(tokens) < need:
+        raise ValueError(f"the text has {len(tokens)} tokens, {need} are needed: lower --lengths")
+    n = min(n, len(tokens) // need)
+    step = (len(tokens) - need) // max(n - 1, 1)
+    prompts = []
+    for i in range(n):
+        piece = tokens[i * step : i * step + need]
+        example = Example("perplexity", str(i), "", "", (), length=n_tokens)
+        prompts.append(Prompt(example, [*begin, *piece[:n_tokens]], tuple(piece[n_tokens:])))
+    return prompts
 
 
 def chat_renderer(decoder: Decoder) -> Renderer | None:

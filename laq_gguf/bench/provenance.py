@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SCHEMA = 1
-PACKAGES = ("laq-gguf", "llama-cpp-python", "numpy")
+PACKAGES = ("laq-gguf", "llama-cpp-python", "numpy", "rouge", "rapidfuzz")
 
 
 def provenance(kind: str, model: Path, settings: dict[str, object]) -> dict[str, object]:
@@ -22,7 +22,7 @@ def provenance(kind: str, model: Path, settings: dict[str, object]) -> dict[str,
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shown_command(sys.argv),
         "settings": settings,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -35,6 +35,28 @@ def provenance(kind: str, model: Path, settings: dict[str, object]) -> dict[str,
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
+
+
+def shown_command(argv: list[str]) -> str:
+    """A command line without what only this machine knows: paths within the current folder are
+    relative to it, others are shown by their names.
+    """
+    program = "laq-gguf" if Path(argv[0]).stem == "laq-gguf" else f"python {shown_path(argv[0])}"
+    words = []
+    for word in argv[1:]:
+        flag, equals, value = word.partition("=")
+        known = equals and flag.startswith("--")
+        words.append(f"{flag}={shown_path(value)}" if known else shown_path(word))
+    return f"{program} {shlex.join(words)}"
+
+
+def shown_path(word: str) -> str:
+    """A word of a command; an absolute path as `shown_command` says."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    path, here = Path(os.path.normpath(path)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 def write_json(path: Path, document: dict[str, object]) -> None:

@@ -1,291 +1,213 @@
-"""Quality: do the answers survive, and how near does an evicted cache stay to the full one.
+"""Quality: do the answers survive in a small cache, and how near does it stay to the full one.
 
-Every method answers each question greedily, and is led along the full cache's own answer so that
-its next-token distributions can be compared with the full cache's, position by position.
+Methods are compared at equal bytes: shares of what the full f16 cache of the same prompt takes.
+Each prompt is read once for each K/V type; from there every method evicts in its own way, answers
+greedily, and is led along the full cache's own answer so that its next-token distributions can be
+compared with the full cache's, position by position.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from laq_gguf.bench.answers import Reply, answer, reply_text
-from laq_gguf.bench.decoder import Decoder
-from laq_gguf.bench.metrics import METRICS, kl_divergence, top1_agreement
+from tqdm import tqdm
+
+from laq_gguf.bench.methods import method_names, shares
 from laq_gguf.bench.options import (
     add_common,
-    add_eviction,
-    add_resume,
+    add_overwrite,
     check_model,
-    eviction_options,
     integers,
-    llama_options,
-    names,
 )
-from laq_gguf.bench.prompts import Prompt, chat_renderer, make_prompt, open_tokenizer
-from laq_gguf.bench.references import References
+from laq_gguf.bench.presets import PRESETS, apply_preset
+from laq_gguf.bench.prompts import (
+    Prompt,
+    chat_renderer,
+    make_prompt,
+    open_tokenizer,
+    text_prompts,
+)
+from laq_gguf.bench.quality_rows import KEY, Case, Measurement, new_tokens
+from laq_gguf.bench.quality_tables import quality_table
+from laq_gguf.bench.reading import Readers
 from laq_gguf.bench.results import ResultFile
-from laq_gguf.bench.tables import quality_table
-from laq_gguf.bench.tasks import TASKS, load_examples
+from laq_gguf.bench.tasks import (
+    TASKS,
+    load_examples,
+    long_text,
+    parse_tasks,
+    task_lengths,
+)
 
-# keyword arguments of laq_gguf.Llama, beside kv_budget and the lookahead
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "laq++": {"kv_policy": "laq++"},
-    "laq": {"kv_policy": "laq"},
-    "snapkv": {"kv_policy": "snapkv"},
-    "streaming": {"kv_policy": "streaming"},
-    "random": {"kv_policy": "random"},
-}
-
-NOTES = {
-    "pseudo": (
-        "lookahead pseudo: the cache is evicted before the first token of the reply; the reply's "
-        "beginning (answer_prefix) is part of the prompt"
-    ),
-    "deferred": (
-        "lookahead deferred: the first lookahead_size tokens of a reply are the full cache's own. "
-        "The reply's beginning (answer_prefix) is therefore decoded as generated tokens, after the "
-        "prompt: only where n_lead < lookahead_size does a part of the answer come from the full "
-        "cache"
-    ),
-}
-REUSED = "rows of the full cache marked reused come from an earlier run (--references)"
+NOTES = (
+    "shares are of the bytes that the prompt takes in the full f16 cache; bytes per cell are read "
+    "back from the allocated cache of each K/V type",
+    "all methods but bounded read the whole prompt before they evict: their bytes are those of the "
+    "cells they keep; bounded counts all cells it has, which come in steps of 256 and may be up to "
+    "3 % more than the share",
+    "the cache is evicted before the first token of the reply (deferred: after its first "
+    "lookahead_size tokens, which are the full cache's own); the reply's beginning (answer_prefix) "
+    "is part of the prompt",
+)
+TIMED_OUT = "stopped by --minutes after {} of {} rounds (a round: one example of each task)"
+CUT_SHORT = "stopped by --minutes within a round: the tasks have not the same number of examples"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py quality`."""
+    """The options of `bench quality`; those that are not given come from the preset."""
     add_common(parser)
-    parser.add_argument("--data", type=Path, help="folder with ruler/LENGTH/TASK.jsonl")
-    parser.add_argument(
-        "--tasks", type=names(TASKS), default=["needles"], help=f"of {', '.join(TASKS)}"
-    )
-    parser.add_argument("--length", type=int, default=2048, help="prompt length in tokens")
-    parser.add_argument("--limit", type=int, help="the first N examples of each task only")
-    parser.add_argument("--n-needles", type=int, default=20, help="prompts of the task needles")
-    parser.add_argument(
-        "--methods", type=names(METHODS), default=list(METHODS), help=f"of {', '.join(METHODS)}"
-    )
-    parser.add_argument("--budgets", type=integers, default=[128], help="kv_budget: 64,128,256")
-    parser.add_argument(
-        "--kv-staging", type=int, default=0,
-        help="cells beyond the budget; 0 = the whole prompt fits",
-    )  # fmt: skip
-    parser.add_argument("--lookahead", choices=tuple(NOTES), default="pseudo")
-    add_eviction(parser)
-    parser.add_argument(
-        "--n-compare", type=int, default=16, help="tokens of the full cache's answer compared"
-    )
-    parser.add_argument(
-        "--library", choices=("laq_gguf", "llama_cpp"), default="laq_gguf",
-        help="llama_cpp: the class llama_cpp.Llama, which knows the method full only",
-    )  # fmt: skip
-    add_resume(parser)
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), help="default: 30 minutes on 2 cores; all: everything")
+    add("--data", type=Path, help="folder with ruler/LENGTH/TASK.jsonl, longbench/, text/")
+    add("--text", type=Path, help="a text to hide the needles in, and for the perplexity")
+    add("--tasks", type=_tasks, help=f"with commas, each TASK or TASK:LENGTH; {', '.join(TASKS)}")
+    add("--lengths", type=integers, help="prompt lengths in tokens: 2048,4096")
+    add("--limit", type=int, help="the first N examples of each task only")
+    add("--n-needles", type=int, help="depths of the task needles")
+    add("--methods", type=method_names, help="such as laq++,snapkv@q8_0,full@q4_0")
+    add("--shares", type=shares, help="of the full f16 cache's bytes: 1/4,1/8,1/16")
+    add("--budgets", type=integers, help="tokens in place of shares: 128,256")
+    add("--bounded-cells", type=int, help="bounded has no row with fewer cells than these")
+    add("--n-compare", type=int, help="tokens of the full cache's answer that are compared")
+    add("--max-new-tokens", type=int, help="of an answer, where the task allows more")
+    add("--minutes", type=float, help="begin no example that would not be done by then")
+    add_overwrite(parser)
+
+
+def _tasks(text: str) -> list[str]:
+    try:
+        return parse_tasks(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, write `args.out` after every answer, print the table; return the document.
+    """Measure, write `args.out` after every row, print the table; return the document.
 
     Raises:
-        ValueError: options that cannot be combined, data that is not there, or a result file of
-            other settings.
+        ValueError: options, data or an earlier result that cannot be used.
     """
-    methods = ["full", *(m for m in args.methods if m != "full")]
-    if args.library == "llama_cpp" and methods != ["full"]:
-        raise ValueError("--library llama_cpp cannot evict: pass --methods full")
     check_model(args)
-    # the full cache has no budget; budgets of the others in the order given
-    configurations = [(m, b) for b in args.budgets for m in methods[1:]]
-    file = ResultFile("quality", args, ("task", "id", "method", "budget"), [NOTES[args.lookahead]])
-    prompts, n_ctx, templated = _prepare(args)
-    if not templated:
-        file.note("the model has no chat template: prompts are plain text")
-    with reference_folder(args.references) as folder:
-        document = file.document
-        library = f"{args.library}-{document['versions']['llama-cpp-python']}"
-        references = References(folder, document["model"]["sha256"], library)
-        run = _Run(args, prompts, n_ctx, file, references)
-        run.measure_full(configurations)
-        for method, budget in configurations:
-            run.measure(method, budget)
+    if args.shares and args.budgets:
+        raise ValueError("--shares and --budgets say the same: give one of them")
+    apply_preset(args)
+    least = {"n_compare": 1, "max_new_tokens": 1, "limit": 1, "n_needles": 1, "threads": 1}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} is at least {low}, got {value}")
+    rounds, n_ctx = _prepare(args)
+    file = ResultFile("quality", args, KEY, NOTES)
+    with closing(Readers(args, n_ctx)) as readers:
+        measurement = Measurement(args, readers, file)
+        _measure(args, rounds, measurement)
     file.write()
     print(quality_table(file.document))
     return file.document
 
 
-@contextmanager
-def reference_folder(path: Path | None) -> Iterator[Path]:
-    """The folder of --references, or one that is gone afterwards."""
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="laq-bench-") as folder:
-        yield Path(folder)
+class _Clock:
+    """Says whether there is time for a prompt, by the slowest one so far."""
+
+    MARGIN = 1.25  # a longer prompt takes more for each of its tokens
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._per_token = 0.0
+
+    def has_time(self, n_tokens: int) -> bool:
+        """Whether a prompt of so many tokens, with all methods, would be done in time."""
+        needed = self.MARGIN * self._per_token * n_tokens
+        return self._end is None or time.monotonic() + needed <= self._end
+
+    def measured(self, n_tokens: int, seconds: float) -> None:
+        """A prompt took so long, with all methods."""
+        self._per_token = max(self._per_token, seconds / n_tokens)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all methods of a run share."""
+def _measure(
+    args: argparse.Namespace, rounds: list[list[Prompt]], measurement: Measurement
+) -> None:
+    """All rounds for which there is time: one example of each task and length after the other."""
+    clock = _Clock(args.minutes)
+    cases = {id(p): measurement.cases(p) for prompts in rounds for p in prompts}
 
-    args: argparse.Namespace
-    prompts: list[Prompt]
-    n_ctx: int
-    file: ResultFile
-    references: References
+    def missing(prompt: Prompt) -> int:
+        return sum(measurement.is_missing(prompt, case) for case in cases[id(prompt)])
 
-    def measure_full(self, others: list[tuple[str, int]]) -> None:
-        """The full cache's rows, and its replies to all questions that `others` still need."""
-        decoder = None
-        try:
-            for i, prompt in enumerate(self.prompts):
-                row = self.find(prompt, "full", None)
-                if row and all(self.find(prompt, *other) for other in others):
-                    continue
-                kept = self.references.load(*self._reference(prompt))
-                if kept is None:
-                    decoder = decoder or self._open("full", None)
-                    start = time.perf_counter()
-                    reply = self._answer(decoder, prompt, None)
-                    facts = {"text": reply_text(decoder, reply.tokens)}
-                    facts["seconds"] = time.perf_counter() - start
-                    self.references.save(*self._reference(prompt), reply, **facts)
-                else:
-                    reply, facts = kept
-                if row is None:
-                    if kept is not None:
-                        self.file.note(REUSED)
-                    row = _row(prompt, "full", None, reply, reply, facts)
-                    self.file.add({**row, "reused": kept is not None})
-                self._progress("full", i, row)
-        finally:
-            if decoder is not None:
-                decoder.close()
-
-    def measure(self, method: str, budget: int) -> None:
-        """The rows of a method that are not there yet."""
-        missing = [p for p in self.prompts if self.find(p, method, budget) is None]
-        if not missing:
-            return
-        with closing(self._open(method, budget)) as decoder:
-            for i, prompt in enumerate(missing):
-                kept = self.references.load(*self._reference(prompt))
-                assert kept is not None
-                start = time.perf_counter()
-                reply = self._answer(decoder, prompt, kept[0])
-                facts = {"text": reply_text(decoder, reply.tokens)}
-                facts["seconds"] = time.perf_counter() - start
-                stats = decoder.stats()
-                assert stats is not None
-                for name in ("n_resident", "n_cells", "kv_bytes", "kv_bytes_full"):
-                    facts[name] = stats[name]
-                row = _row(prompt, method, budget, reply, kept[0], facts)
-                self.file.add(row)
-                self._progress(f"{method} {budget}", i, row, len(missing))
-
-    def find(self, prompt: Prompt, method: str, budget: int | None) -> dict[str, Any] | None:
-        """The row of a question, if it is there.
-
-        Raises:
-            ValueError: it belongs to another question of the same name.
-        """
-        task, id = prompt.example.task, prompt.example.id
-        row = self.file.find(task=task, id=id, method=method, budget=budget)
-        if row is not None and row["prompt"] != prompt.digest:
-            raise ValueError(
-                f"--out has an answer to another {task}/{id}: --data has changed; give another "
-                "--out, or --overwrite"
-            )
-        return row
-
-    def _reference(self, prompt: Prompt) -> tuple[list[list[int]], int, int]:
-        max_new_tokens = TASKS[prompt.example.task].max_new_tokens
-        return [prompt.tokens, prompt.lead], self.args.n_compare, max_new_tokens
-
-    def _answer(self, decoder: Decoder, prompt: Prompt, reference: Reply | None) -> Reply:
-        return answer(
-            decoder,
-            prompt,
-            reference,
-            max_new_tokens=TASKS[prompt.example.task].max_new_tokens,
-            n_compare=self.args.n_compare,
-            # a reply up to here is the full cache's own, on a cache not yet evicted
-            n_exact=self.args.lookahead_size if self.args.lookahead == "deferred" else 0,
-        )
-
-    def _open(self, method: str, budget: int | None) -> Decoder:
-        options = llama_options(self.args, self.n_ctx)
-        if budget is not None:
-            options.update(
-                METHODS[method],
-                kv_budget=budget,
-                kv_staging=self.args.kv_staging or self.n_ctx,
-                lookahead=self.args.lookahead,
-                **eviction_options(self.args),
-            )
-        return Decoder(self.args.library, str(self.args.model), options)
-
-    def _progress(self, label: str, i: int, row: dict[str, Any], n: int | None = None) -> None:
-        where = f"{i + 1}/{n or len(self.prompts)} {row['task']}/{row['id']}"
-        found = f"found {row['score']:.2f}, KL {row['kl']:.4f}"
-        print(f"{label}: {where} {found}", file=sys.stderr)
+    total = sum(len(c) for c in cases.values())
+    with tqdm(total=total, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+        for i, prompts in enumerate(rounds):
+            is_new = all(missing(p) == len(cases[id(p)]) for p in prompts)
+            if is_new and not clock.has_time(sum(len(p.tokens) for p in prompts)):
+                measurement.file.note(TIMED_OUT.format(i, len(rounds)))
+                return
+            for prompt in prompts:
+                n_missing, begun = missing(prompt), time.monotonic()
+                if n_missing and not clock.has_time(len(prompt.tokens)):
+                    measurement.file.note(CUT_SHORT)
+                    return
+                bar.set_postfix_str(_label(prompt))
+                for case in measurement.example(prompt, cases[id(prompt)]):
+                    bar.set_postfix_str(_label(prompt, case))
+                    bar.update()
+                if n_missing == len(cases[id(prompt)]):
+                    clock.measured(len(prompt.tokens), time.monotonic() - begun)
 
 
-def _row(
-    prompt: Prompt,
-    method: str,
-    budget: int | None,
-    reply: Reply,
-    reference: Reply,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    example = prompt.example
-    kl = kl_divergence(reference.logits, reply.logits)
-    return {
-        "task": example.task,
-        "id": example.id,
-        "method": method,
-        "budget": budget,
-        "depth": example.depth,
-        "prompt": prompt.digest,
-        "n_prompt": len(prompt.tokens),
-        "n_lead": len(prompt.lead),
-        "outputs": list(example.outputs),
-        "score": METRICS[TASKS[example.task].metric](facts["text"], example.outputs),
-        "top1_agreement": top1_agreement(reference.logits, reply.logits),
-        "kl": float(kl.mean()),
-        "kl_max": float(kl.max()),
-        "n_compared": len(kl),
-        **facts,
-        **reply.cost,
-    }
+def _label(prompt: Prompt, case: Case | None = None) -> str:
+    task = f"{prompt.example.task}/{prompt.example.id}"
+    return f"{task} {case.method.name} {case.size or ''}".strip() if case else task
 
 
-def _prepare(args: argparse.Namespace) -> tuple[list[Prompt], int, bool]:
-    """The prompts in tokens, the context size they need, whether the model has a chat template."""
+def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
+    """The rounds of prompts, and the tokens that the longest of them and its answer take."""
     with closing(open_tokenizer(str(args.model))) as decoder:
         render = chat_renderer(decoder)
-        prompts = [
-            make_prompt(decoder, render, example, args.lookahead)
-            for name in args.tasks
-            for example in load_examples(
+
+        def prompts_of(name: str, length: int) -> list[Prompt]:
+            if TASKS[name].source == "text":
+                text = long_text(args.data, args.text)
+                return text_prompts(decoder, text, length, args.n_compare, args.limit or 8)
+            examples = load_examples(
                 name,
                 data=args.data,
-                length=args.length,
+                length=length,
                 limit=args.limit,
                 n_needles=args.n_needles,
                 count_tokens=lambda text: len(decoder.tokenize(text)),
+                text=args.text,
             )
-        ]
-    need = max(
-        len(p.tokens) + len(p.lead) + max(TASKS[p.example.task].max_new_tokens, args.n_compare)
+            return [make_prompt(decoder, render, example) for example in examples]
+
+        series = []
+        for name, length in _entries(args):
+            try:
+                series.append(prompts_of(name, length))
+            except ValueError as error:
+                # everything that --data has
+                if args.preset != "all" or args.data is None:
+                    raise
+                print(f"left out: {name}: {error}", file=sys.stderr)
+    n = max(len(prompts) for prompts in series)
+    rounds = [[prompts[i] for prompts in series if i < len(prompts)] for i in range(n)]
+    after = max(
+        max(args.n_compare, new_tokens(args, p), len(p.path)) + len(p.tokens)
+        for prompts in rounds
         for p in prompts
     )
     # pseudo tokens take cells until they are dropped
-    return prompts, -(-(need + args.lookahead_size) // 256) * 256, render is not None
+    return rounds, -(-(after + 8) // 256) * 256
+
+
+def _entries(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    for task in args.tasks:
+        name, lengths = task_lengths(task, args.lengths)
+        for length in lengths:
+            yield name, length

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,18 @@ import numpy as np
 
 from laq_gguf.bench.answers import Reply
 from laq_gguf.bench.prompts import digest
+
+REUSED = "rows of the full cache marked reused come from an earlier run (--references)"
+
+
+@contextmanager
+def reference_folder(path: Path | None) -> Iterator[Path]:
+    """The folder of --references, or one that is gone afterwards."""
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="laq-bench-") as folder:
+        yield Path(folder)
 
 
 class References:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from laq_gguf.bench import tables
+from laq_gguf.bench import curve_tables, kept_page, peers_table, quality_tables, tables
+from laq_gguf.bench.markdown import Document
 from laq_gguf.bench.provenance import SCHEMA
-from laq_gguf.bench.tables import Document
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench report`."""
+    parser.add_argument("files", type=Path, nargs="+", help="result files")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tables of result files.
+
+    Raises:
+        ValueError: a file is none.
+    """
+    print("\n\n".join(render(path) for path in args.files))
 
 
 def render(path: Path) -> str:
@@ -70,16 +85,21 @@ def readme_section(documents: Sequence[Document]) -> str:
 
 
 TABLES: dict[str, Callable[[Document], str]] = {
-    "quality": tables.quality_table,
+    "quality": quality_tables.quality_table,
     "multiturn": tables.multiturn_table,
     "chat": tables.chat_table,
     "memory": tables.memory_table,
     "speed": tables.speed_table,
     "device": tables.device_table,
+    "peers": peers_table.peers_table,
+    "sweep": curve_tables.sweep_table,
+    "memory_curve": curve_tables.curve_table,
+    "tune": curve_tables.tune_table,
+    "kept": kept_page.kept_table,
 }
 # shorter ones for README
 SUMMARIES = {
-    "quality": tables.quality_summary,
+    "quality": quality_tables.quality_summary,
     "multiturn": tables.multiturn_summary,
     "chat": tables.chat_summary,
 }

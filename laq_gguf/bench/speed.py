@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laq_gguf.bench.options import add_common, check_model
+from laq_gguf.bench.options import add_common, check_model, integers
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.tables import speed_table
 from laq_gguf.bench.worker import Worker, WorkerError
@@ -77,7 +77,7 @@ class Configuration:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py speed`."""
+    """The options of `bench speed`."""
     add_common(parser)
     parser.add_argument("--plain-lib", type=Path, default=Path("build/plain/bin"),
                         help="folder of the unpatched libraries")  # fmt: skip
@@ -96,10 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-token-only", action="store_true",
                         help="only the time to first token, against stock with FA on")  # fmt: skip
     parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
+    parser.add_argument("--contexts", type=integers,
+                        help="prompt lengths: a sweep over them and --budgets")  # fmt: skip
+    parser.add_argument("--budgets", type=integers, help="of the sweep; default: --budget")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write `args.out`, print the tables; return the document.
+
+    With --contexts: see sweep.py.
 
     Raises:
         ValueError: options or files that cannot be used.
@@ -108,14 +113,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeat < 1 or args.n_decode < 1:
         raise ValueError("--repeat and --n-decode are at least 1")
     check_model(args)
-    if not args.plain_lib.is_dir():
-        raise ValueError(f"no unpatched libraries at {args.plain_lib}: pass --plain-lib DIR")
+    if args.contexts:
+        from laq_gguf.bench import sweep  # it is built of this module
+
+        return sweep.run(args)
+    check_plain_lib(args)
     text = read_text(args.text)
     document = provenance(
         "speed", args.model, {k: v for k, v in vars(args).items() if isinstance(v, str | int)}
     )
     # a busy machine spoils the comparison: the load stands in the result
-    document["load"] = [_load()]
+    document["load"] = [system_load()]
     document["text"] = args.text.name if args.text else "build/pristine **/*.md"
     configurations = [
         Configuration(OURS, "laq_gguf", True),
@@ -135,7 +143,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         with _workers(args, configurations, text, args.threads) as workers:
             _measure(args, {c.name: c for c in configurations}, workers)
-    document["load"].append(_load())
+    document["load"].append(system_load())
     document["configurations"] = [c.to_json() for c in configurations]
     limit = CHUNKED_LIMIT if args.kv_staging else WHOLE_LIMIT
     document["bars"] = bars({c.name: c for c in configurations}, limit)
@@ -331,6 +339,16 @@ def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
+def check_plain_lib(args: argparse.Namespace) -> None:
+    """Refuse a --plain-lib that is no folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not args.plain_lib.is_dir():
+        raise ValueError(f"no unpatched libraries at {args.plain_lib}: pass --plain-lib DIR")
+
+
 def read_text(path: Path | None) -> str:
     """The prompt text: a file, or the markdown files of the pristine llama.cpp tree, sorted.
 
@@ -348,7 +366,7 @@ def read_text(path: Path | None) -> str:
     return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def _load() -> float | None:
+def system_load() -> float | None:
     """Processes that ran or waited, mean over the last minute; None where it is not known."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 

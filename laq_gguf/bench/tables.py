@@ -3,122 +3,27 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-Document = dict[str, Any]
-Row = dict[str, Any]
-
-
-def quality_rows(document: Document) -> list[Row]:
-    """One row per task, method and budget, in the order they were measured.
-
-    of_full: of what the full cache finds, the share that is found too (None if it finds nothing):
-    sum of min(score, full score) / sum of full scores.
-    """
-    results = document["results"]
-    full = {(r["task"], r["id"]): r["score"] for r in results if r["method"] == "full"}
-    rows = []
-    for task in _ordered(r["task"] for r in results):
-        for method, budget in _ordered((r["method"], r["budget"]) for r in results):
-            group = [
-                r
-                for r in results
-                if (r["task"], r["method"], r["budget"]) == (task, method, budget)
-            ]
-            if group:
-                rows.append(
-                    {"task": task, "method": method, "budget": budget, **_mean(group, full)}
-                )
-    return rows
-
-
-def _mean(group: list[Row], full: dict[tuple[str, str], float]) -> dict[str, Any]:
-    found = sum(full[r["task"], r["id"]] for r in group)
-    both = sum(min(r["score"], full[r["task"], r["id"]]) for r in group)
-    resident = [r["n_resident"] for r in group if "n_resident" in r]
-    evicted = [r["n_evictions"] > 0 for r in group if "n_evictions" in r]
-    return {
-        "n": len(group),
-        "score": statistics.fmean(r["score"] for r in group),
-        "of_full": both / found if found else None,
-        "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
-        "kl": statistics.fmean(r["kl"] for r in group),
-        "n_resident_max": max(resident, default=None),
-        "n_evicted": sum(evicted) if evicted else None,
-        "first_token_s": [r["ms_prefill"] / 1e3 for r in group if "ms_prefill" in r],
-    }
-
-
-def quality_table(document: Document) -> str:
-    """Markdown table of a quality result."""
-    return _table(
-        (
-            ("task", lambda r: r["task"]),
-            ("method", lambda r: r["method"]),
-            ("budget", lambda r: _number(r["budget"], "d")),
-            ("n", lambda r: str(r["n"])),
-            ("found", lambda r: f"{r['score']:.3f}"),
-            ("of full's", lambda r: _number(r["of_full"], ".3f")),
-            ("top-1 = full's", lambda r: f"{r['top1_agreement']:.3f}"),
-            ("KL to full (nats)", lambda r: f"{r['kl']:.4f}"),
-            ("most cells", lambda r: _number(r["n_resident_max"], "d")),
-            ("evicted", lambda r: _number(r["n_evicted"], "d")),
-            ("first token, s", lambda r: _spread(r["first_token_s"], ".2f")),
-        ),
-        quality_rows(document),
-    )
-
-
-def quality_summary(document: Document) -> str:
-    """Markdown table of a quality result: one row per method, what it finds of each task."""
-    rows = quality_rows(document)
-    tasks = _ordered(row["task"] for row in rows)
-    summary = []
-    for method, budget in _ordered((row["method"], row["budget"]) for row in rows):
-        group = [r for r in rows if (r["method"], r["budget"]) == (method, budget)]
-        summary.append(
-            {
-                "method": method,
-                "budget": budget,
-                "kl": statistics.fmean(r["kl"] for r in group),
-                "top1_agreement": statistics.fmean(r["top1_agreement"] for r in group),
-                **{r["task"]: r for r in group},
-            }
-        )
-    n = {row["task"]: row["n"] for row in rows}
-    return _table(
-        (
-            ("kv_policy", lambda r: r["method"]),
-            ("kv_budget", lambda r: _number(r["budget"], "d")),
-            *((f"{t} ({n[t]})", _found(t)) for t in tasks),
-            ("KL to full, nats", lambda r: f"{r['kl']:.3f}"),
-            ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
-        ),
-        summary,
-    )
-
-
-def _found(task: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[task]['score']:.2f}" if task in row else "-"
+from laq_gguf.bench.markdown import Document, Row, count, mean_of, number, ordered, spread, table
 
 
 def speed_table(document: Document) -> str:
     """Markdown tables of a speed result: the measurements, then the bars."""
-    measured = _table(
+    measured = table(
         (
             ("configuration", lambda r: r["name"]),
             ("prompt", lambda r: str(r["n_prompt"])),
-            ("decode, tokens/s", lambda r: _spread(r["decode_tokens_per_s"], ".1f")),
+            ("decode, tokens/s", lambda r: spread(r["decode_tokens_per_s"], ".1f")),
             (
                 "first token, s",
-                lambda r: _spread(r["first_token_s"] or r["first_token_paired_s"], ".2f"),
+                lambda r: spread(r["first_token_s"] or r["first_token_paired_s"], ".2f"),
             ),
-            ("KV bytes", lambda r: _number(r["kv_bytes"], ",d")),
+            ("KV bytes", lambda r: number(r["kv_bytes"], ",d")),
         ),
         document["configurations"],
     )
-    load = " and ".join(_number(value, ".2f") for value in document["load"])
+    load = " and ".join(number(value, ".2f") for value in document["load"])
     return (
         f"{measured}\n\n{bars_table(document)}\n\nMedian (least to most) over rounds; ratios "
         f"within a round. Load of the machine before and after: {load}."
@@ -127,10 +32,10 @@ def speed_table(document: Document) -> str:
 
 def bars_table(document: Document) -> str:
     """Markdown table of what is claimed and what was measured of it."""
-    return _table(
+    return table(
         (
             ("bar", lambda r: r["name"]),
-            ("measured", lambda r: _spread(r["values"], ".3f")),
+            ("measured", lambda r: spread(r["values"], ".3f")),
             ("wanted", lambda r: r["wanted"]),
             ("", lambda r: "pass" if r["passed"] else "FAIL"),
         ),
@@ -155,7 +60,7 @@ def device_table(document: Document) -> str:
         lines.append(f"Tests on the device: {done - bad} of {done} pass.")
     for case in (checks.get("perf") or {}).get("cases", []):
         if case["kv"] == "32768" and case["hs"] == "128" and case["n_q"] == "16":
-            reads = _number(case["reads_of_k"], ".2f")
+            reads = number(case["reads_of_k"], ".2f")
             lines.append(
                 f"Scores of 32,768 {case['type_k']} keys, 8 heads of 128, 16 queries: "
                 f"{case['us']:.0f} us, {reads} times a read of K at the speed of a copy."
@@ -170,7 +75,7 @@ def multiturn_rows(document: Document) -> list[Row]:
     """
     results = document["results"]
     rows = []
-    for method in _ordered(r["method"] for r in results):
+    for method in ordered(r["method"] for r in results):
         own = [r for r in results if r["method"] == method]
         for turn in [*sorted({r["turn"] for r in own}), None]:
             group = [r for r in own if turn in (None, r["turn"])]
@@ -182,9 +87,9 @@ def multiturn_rows(document: Document) -> list[Row]:
                     "n": len(group),
                     **{name: statistics.fmean(r[name] for r in group) for name in FIDELITY},
                     "n_new": statistics.fmean(r["n_new"] for r in group),
-                    "n_decoded": _mean_of(decoded, "n_decoded"),
+                    "n_decoded": mean_of(decoded, "n_decoded"),
                     "again": sum(r["n_again"] for r in decoded) if decoded else None,
-                    "n_resident": _mean_of(decoded, "n_resident"),
+                    "n_resident": mean_of(decoded, "n_resident"),
                 }
             )
     return rows
@@ -195,7 +100,7 @@ FIDELITY = ("f1", "em", "kl", "top1_agreement")
 
 def multiturn_table(document: Document) -> str:
     """Markdown table of a multiturn result: each turn of each method."""
-    return _table(
+    return table(
         (
             ("method", lambda r: r["method"]),
             ("turn", lambda r: "mean" if r["turn"] is None else str(r["turn"])),
@@ -205,9 +110,9 @@ def multiturn_table(document: Document) -> str:
             ("KL to full (nats)", lambda r: f"{r['kl']:.4f}"),
             ("top-1 = full's", lambda r: f"{r['top1_agreement']:.3f}"),
             ("new tokens", lambda r: f"{r['n_new']:.0f}"),
-            ("decoded", lambda r: _number(r["n_decoded"], ".0f")),
-            ("decoded again", lambda r: _number(r["again"], "d")),
-            ("cells after it", lambda r: _number(r["n_resident"], ".0f")),
+            ("decoded", lambda r: number(r["n_decoded"], ".0f")),
+            ("decoded again", lambda r: number(r["again"], "d")),
+            ("cells after it", lambda r: number(r["n_resident"], ".0f")),
         ),
         multiturn_rows(document),
     )
@@ -221,12 +126,12 @@ def multiturn_summary(document: Document) -> str:
     for mean in (r for r in rows if r["turn"] is None):
         own = {r["turn"]: r for r in rows if r["method"] == mean["method"]}
         later = [r for turn, r in own.items() if turn not in (None, 1)]
-        summary.append({**mean, "own": own, "later": _mean_of(later, "n_decoded")})
+        summary.append({**mean, "own": own, "later": mean_of(later, "n_decoded")})
 
     def kl(turn: int) -> Callable[[Row], str]:
         return lambda r: f"{r['own'][turn]['kl']:.3f}" if turn in r["own"] else "-"
 
-    return _table(
+    return table(
         (
             ("method", lambda r: r["method"]),
             ("F1", lambda r: f"{r['f1']:.3f}"),
@@ -234,7 +139,7 @@ def multiturn_summary(document: Document) -> str:
             *((f"KL, turn {turn}", kl(turn)) for turn in turns),
             ("KL, mean", lambda r: f"{r['kl']:.3f}"),
             ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
-            ("decoded in a later turn", lambda r: _number(r["later"], ".0f")),
+            ("decoded in a later turn", lambda r: number(r["later"], ".0f")),
         ),
         summary,
     )
@@ -277,16 +182,16 @@ def _speed(turns: list[Row]) -> float | None:
 def chat_summary(document: Document) -> str:
     """Markdown table of a chat result: what all turns come to."""
     f = chat_figures(document)
-    return _table(
+    return table(
         (("chat", lambda r: r[0]), ("measured", lambda r: r[1])),
         [
-            ("turns", f"{f['n_turns']} in {_count(f['n_chats'], 'chat')}"),
+            ("turns", f"{f['n_turns']} in {count(f['n_chats'], 'chat')}"),
             ("tokens of the longest chat", f"{f['longest']:,}"),
             ("tokens generated", f"{f['n_generated']:,}"),
             ("most cells in use, of those allocated", f"{f['n_resident_max']} of {f['n_cells']}"),
             ("evictions", str(f["n_evictions"])),
-            ("decoding, first quarter of the turns", f"{_number(f['first'], '.1f')} tokens/s"),
-            ("decoding, last quarter", f"{_number(f['last'], '.1f')} tokens/s"),
+            ("decoding, first quarter of the turns", f"{number(f['first'], '.1f')} tokens/s"),
+            ("decoding, last quarter", f"{number(f['last'], '.1f')} tokens/s"),
             (
                 "tokens decoded again in a turn",
                 f"{f['again_mean']:.1f} (at most {f['again_max']}; none in "
@@ -300,7 +205,7 @@ def chat_summary(document: Document) -> str:
 
 def chat_table(document: Document) -> str:
     """Markdown tables of a chat result: the summary, then every turn."""
-    turns = _table(
+    turns = table(
         (
             ("chat", lambda r: str(r["chat"])),
             ("turn", lambda r: str(r["turn"])),
@@ -311,7 +216,7 @@ def chat_table(document: Document) -> str:
             ("most cells", lambda r: str(r["n_resident_max"])),
             ("evictions", lambda r: str(r["n_evictions"])),
             ("s", lambda r: f"{r['seconds']:.2f}"),
-            ("tokens/s", lambda r: _number(_speed([r]), ".1f")),
+            ("tokens/s", lambda r: number(_speed([r]), ".1f")),
             ("system turn", lambda r: "whole" if r["system_kept"] else "LOST"),
         ),
         document["results"],
@@ -350,7 +255,7 @@ def memory_table(document: Document) -> str:
     def mib(name: str, spec: str = ",.1f") -> Callable[[Row], str]:
         return lambda r: format(r[name] / 2**20, spec) if name in r else "-"
 
-    return _table(
+    return table(
         (
             ("", lambda r: "stock" if r["library"] == "llama_cpp" else "ours"),
             ("K and V", lambda r: r["type"]),
@@ -360,41 +265,9 @@ def memory_table(document: Document) -> str:
             ("KV of n_ctx cells, MiB", mib("kv_bytes_full")),
             ("KV, MiB", mib("kv_bytes", ".2f")),
             ("KV + queries + graphs, MiB", mib("held")),
-            ("/ stock's", lambda r: _number(r["held_ratio"], ".3f")),
+            ("/ stock's", lambda r: number(r["held_ratio"], ".3f")),
             ("peak RSS, MiB", mib("peak_bytes")),
-            ("/ stock's", lambda r: _number(r["peak_ratio"], ".3f")),
+            ("/ stock's", lambda r: number(r["peak_ratio"], ".3f")),
         ),
         memory_rows(document),
     )
-
-
-def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> str:
-    lines = [[title for title, _ in columns], ["---"] * len(columns)]
-    lines += [[cell(row) for _, cell in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _mean_of(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return statistics.fmean(values) if values else None
-
-
-def _spread(values: Sequence[float], spec: str) -> str:
-    if not values:
-        return "-"
-    middle = format(statistics.median(values), spec)
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({min(values):{spec}} to {max(values):{spec}})"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
-def _ordered(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laq_gguf.bench.needles import needle_prompts
+from laq_gguf.bench import longbench
+from laq_gguf.bench.metrics import METRICS
+from laq_gguf.bench.needles import needle_prompts, sentences, spread_order
 
 # the reply's beginning to a question for a value: as many tokens as the lookahead or more
 PAIRS_PREFIX = 'The value corresponding to the specified key is "'
@@ -15,16 +17,36 @@ PAIRS_PREFIX = 'The value corresponding to the specified key is "'
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `source` is "ruler" or "pairs" (read from --data), or "needles" (generated)."""
+    """A task.
+
+    Attributes:
+        source: "needles" (generated), "text" (a text that goes on), or read from --data: "ruler",
+            "pairs", "longbench".
+        max_new_tokens: of an answer; 0 = nothing is answered. longbench has it in its data.
+        metric: of METRICS; "" where nothing is answered.
+        group: column of the table.
+        has_length: the prompts of --lengths; else they have their own.
+    """
 
     source: str
     max_new_tokens: int
     metric: str
+    group: str
+    has_length: bool = True
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question: the user's message, the words the reply begins with, what must be found."""
+    """One question.
+
+    Attributes:
+        message: the user's.
+        answer_prefix: the words that the reply begins with.
+        outputs: what must be found; classes: what could be named.
+        is_plain: the message is sent as it is, without the turns of a chat.
+        cut: longer prompts lose their middle, down to so many tokens.
+        first_line: the answer ends with its first line.
+    """
 
     task: str
     id: str
@@ -32,26 +54,74 @@ class Example:
     answer_prefix: str
     outputs: tuple[str, ...]
     depth: float | None = None
+    length: int | None = None
+    max_new_tokens: int = 0
+    classes: tuple[str, ...] = ()
+    is_plain: bool = False
+    cut: int | None = None
+    first_line: bool = False
+
+
+def _ruler(max_new_tokens: int, group: str, metric: str = "share_found") -> Task:
+    return Task("ruler", max_new_tokens, metric, group)
 
 
 TASKS: dict[str, Task] = {
-    "needles": Task("needles", 32, "share_found"),
-    "niah_single_1": Task("ruler", 128, "share_found"),
-    "niah_single_2": Task("ruler", 128, "share_found"),
-    "niah_single_3": Task("ruler", 128, "share_found"),
-    "niah_multikey_1": Task("ruler", 128, "share_found"),
-    "niah_multikey_2": Task("ruler", 128, "share_found"),
-    "niah_multikey_3": Task("ruler", 128, "share_found"),
-    "niah_multiquery": Task("ruler", 128, "share_found"),
-    "niah_multivalue": Task("ruler", 128, "share_found"),
-    "vt": Task("ruler", 30, "share_found"),
-    "cwe": Task("ruler", 120, "share_found"),
-    "fwe": Task("ruler", 50, "share_found"),
-    "qa_1": Task("ruler", 32, "any_found"),
-    "qa_2": Task("ruler", 32, "any_found"),
+    "needles": Task("needles", 32, "share_found", "needles"),
+    "niah_single_1": _ruler(128, "niah single"),
+    "niah_single_2": _ruler(128, "niah single"),
+    "niah_single_3": _ruler(128, "niah single"),
+    "niah_multikey_1": _ruler(128, "niah multikey"),
+    "niah_multikey_2": _ruler(128, "niah multikey"),
+    "niah_multikey_3": _ruler(128, "niah multikey"),
+    "niah_multiquery": _ruler(128, "niah multi-q/v"),
+    "niah_multivalue": _ruler(128, "niah multi-q/v"),
+    "vt": _ruler(30, "vt"),
+    "cwe": _ruler(120, "cwe, fwe"),
+    "fwe": _ruler(50, "cwe, fwe"),
+    "qa_1": _ruler(32, "ruler qa", "any_found"),
+    "qa_2": _ruler(32, "ruler qa", "any_found"),
     # Lost in the Middle (arXiv 2307.03172): the value of one key of a JSON object
-    "kv_retrieval_75": Task("pairs", 40, "share_found"),
+    "kv_retrieval_75": Task("pairs", 40, "share_found", "key-value", has_length=False),
+    **{name: Task("longbench", 0, metric, "longbench") for name, metric in longbench.TASKS.items()},
+    "perplexity": Task("text", 0, "", "perplexity"),
 }
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Names of tasks with commas between them, each with a length of its own if it has one:
+    "vt,needles:4096".
+
+    Raises:
+        ValueError: unknown task, or a length that is none.
+    """
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        base, colon, length = name.partition(":")
+        if base not in TASKS:
+            raise ValueError(f"unknown task {base!r}; there are: {', '.join(TASKS)}")
+        if colon and (not TASKS[base].has_length or not length.isdigit() or int(length) < 1):
+            raise ValueError(f"{name!r} is no task with a length, as in needles:4096")
+    return names
+
+
+def task_lengths(name: str, lengths: Sequence[int]) -> tuple[str, list[int]]:
+    """A task of `parse_tasks` and the lengths of its prompts."""
+    base, colon, length = name.partition(":")
+    if colon:
+        return base, [int(length)]
+    return base, list(lengths) if TASKS[base].has_length else [0]
+
+
+def score(example: Example, text: str) -> float | None:
+    """What an answer is worth, in [0, 1]; None where nothing is answered."""
+    task = TASKS[example.task]
+    if not task.metric:
+        return None
+    if example.first_line:
+        text = text.lstrip("\n").split("\n")[0]
+    context = (example.classes,) if task.metric == "class_score" else ()
+    return METRICS[task.metric](text, example.outputs, *context)
 
 
 def load_examples(
@@ -62,28 +132,36 @@ def load_examples(
     limit: int | None,
     n_needles: int,
     count_tokens: Callable[[str], int],
+    text: Path | None = None,
 ) -> list[Example]:
-    """The examples of a task.
+    """The examples of a task that asks.
 
     Args:
-        data: folder with ruler/{length}/{task}.jsonl and ruler/kv_retrieval_75.jsonl; needed by
-            all tasks but `needles`.
+        data: folder with ruler/{length}/{task}.jsonl, ruler/kv_retrieval_75.jsonl and longbench/;
+            needed by all tasks but `needles`.
         length: prompt length in tokens; kv_retrieval_75 has its own.
         limit: the first so many examples only (of `needles`: spread over the depths).
+        text: a text in which the needles are hidden; None: one made of word lists.
 
     Raises:
         ValueError: unknown task, no data folder, no file of that length, broken line.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
-    if TASKS[name].source == "needles":
+    task = TASKS[name]
+    if task.source == "needles":
         n = n_needles if limit is None else min(limit, n_needles)
         # the chat template and the beginning of the reply take part of the length
-        records = needle_prompts(n, length - 96, count_tokens)
-    elif TASKS[name].source == "pairs":
+        hay = None if text is None else sentences(read_text(text))
+        records = needle_prompts(n, length - 96, count_tokens, hay=hay)
+        records = [{**records[i], "index": i} for i in spread_order(n)]
+    elif task.source == "pairs":
         records = _read_pairs(name, data)[:limit]
+    elif task.source == "longbench":
+        records = longbench.read_longbench(name, _folder(name, data))[:limit]
     else:
         records = _read_ruler(name, data, length)[:limit]
+    of_longbench = task.source == "longbench"
     return [
         Example(
             task=name,
@@ -92,9 +170,44 @@ def load_examples(
             answer_prefix=str(record["answer_prefix"]),
             outputs=tuple(str(output) for output in record["outputs"]),
             depth=record.get("depth"),
+            length=length if task.has_length else None,
+            max_new_tokens=record.get("max_new_tokens", task.max_new_tokens),
+            classes=tuple(record.get("classes", ())),
+            is_plain=name in longbench.PLAIN,
+            cut=length if of_longbench else None,
+            first_line=name in longbench.ONE_LINE,
         )
         for i, record in enumerate(records)
     ]
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: there is none, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"no text at {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not a text in UTF-8: {error.reason}") from error
+
+
+def long_text(data: Path | None, text: Path | None) -> str:
+    """The text whose perplexity is measured: --text, or text/*.raw or *.txt in --data.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if text is not None:
+        return read_text(text)
+    folder = _folder("perplexity", data) / "text"
+    paths = sorted([*folder.glob("*.raw"), *folder.glob("*.txt")])
+    if not paths:
+        raise ValueError("no text/*.raw or text/*.txt in --data: pass --text FILE")
+    return read_text(paths[0])
 
 
 def _read_ruler(name: str, data: Path | None, length: int) -> list[dict]:
@@ -104,7 +217,7 @@ def _read_ruler(name: str, data: Path | None, length: int) -> list[dict]:
             int(p.parent.name) for p in _folder(name, data).glob(f"ruler/*/{path.name}")
         )
         raise ValueError(
-            f"no ruler/{length}/{path.name} in --data; {name!r} is there with --length {lengths}"
+            f"no ruler/{length}/{path.name} in --data; {name!r} is there with --lengths {lengths}"
         )
     return read_lines(path, {"input", "answer_prefix", "outputs"})
 

@@ -91,7 +91,8 @@ class KVCache(Cells):
         """Say that the prompt ends here. Nothing happens while the cache holds no more than the
         budget.
 
-        Deferred lookahead: the eviction waits for the next lookahead_size tokens. Pseudo lookahead:
+        Deferred lookahead: the eviction waits for the next lookahead_size tokens. Pseudo lookahead
+        (greedy tokens) and position lookahead (newlines at the positions that follow, in one pass):
         evicts now, with as many of the given tokens as find cells; they take part in the softmax
         and are then dropped (with draft "snapkv" their keys are gone with the small cache, only
         their queries score).
@@ -102,7 +103,7 @@ class KVCache(Cells):
                 more cells pinned than the budget holds. The cache is as before.
         """
         params = self.params
-        wants_pseudo = params.needs_lookahead and params.lookahead == "pseudo"
+        wants_pseudo = params.needs_lookahead and params.lookahead != "deferred"
         if pseudo is not None and not wants_pseudo:
             raise ValueError(
                 f"policy {params.policy!r} with lookahead {params.lookahead!r} takes no pseudo "
@@ -112,7 +113,9 @@ class KVCache(Cells):
             self.n_prompt, self.pending, self.remembers = self.n_tokens, False, False
             return
         if wants_pseudo and (pseudo is None or len(pseudo) == 0):
-            raise ValueError("lookahead 'pseudo' needs the pseudo tokens that follow the prompt")
+            raise ValueError(
+                f"lookahead {params.lookahead!r} needs the tokens that follow the prompt"
+            )
         n_prompt, n_intact = self.n_tokens, self._intact(self.n_tokens)
         defers = params.needs_lookahead and not wants_pseudo
         n_end = n_prompt + (params.lookahead_size if defers else 0)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .attention import POOLINGS, FloatArray, pool_scores
 
 POLICIES = ("full", "laq", "laq++", "snapkv", "streaming", "random")
-LOOKAHEADS = ("deferred", "pseudo")
+LOOKAHEADS = ("deferred", "pseudo", "position")
 DRAFTS = ("full", "snapkv")
 _ATTENTION_POLICIES = ("laq", "laq++", "snapkv")
 _LOOKAHEAD_POLICIES = ("laq", "laq++")
@@ -63,6 +63,8 @@ class PolicyParams:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, possible: {', '.join(possible)}"
                 )
+        if self.draft == "snapkv" and self.lookahead == "position":
+            raise ValueError("lookahead 'position' generates nothing that draft could say where")
         if self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
         if self.follow_size < 0:

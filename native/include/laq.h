@@ -38,7 +38,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 3
+#define LAQ_ABI_VERSION 4
 
 struct llama_context;
 struct laq_cache;
@@ -66,6 +66,9 @@ enum laq_policy {
 enum laq_lookahead {
     LAQ_LOOKAHEAD_DEFERRED = 0,  // the first n_lookahead tokens that are really generated; evict when they are there
     LAQ_LOOKAHEAD_PSEUDO   = 1,  // n_lookahead greedy tokens, decoded and dropped before the first one is sampled
+    // n_lookahead newlines (token 0 in a vocabulary without one), decoded in one pass and dropped as PSEUDO's are: their
+    // queries know where an answer will stand and nothing of what it says (as arXiv 2603.11564)
+    LAQ_LOOKAHEAD_POSITION = 2,
 };
 
 // which cache the pseudo tokens are generated from
@@ -160,6 +163,12 @@ enum laq_status laq_attach(struct llama_context * ctx, const struct laq_params *
 // Must come right before llama_free(ctx): nothing may be decoded in between, since nothing would guard the evicted
 // cells.
 void laq_detach(struct laq_cache * laq);
+
+// Other settings from now on, in place of those of laq_attach(). What was evicted stays so, and nothing is allocated:
+// refused are another n_ctx or score_kernel, more queries than were allocated for (n_window, n_window_snapkv,
+// n_lookahead), a policy that needs queries where the one of laq_attach() needed none, and any change while an eviction
+// waits. pinned is that of every sequence.
+enum laq_status laq_set_params(struct laq_cache * laq, const struct laq_params * params);
 
 // What is pinned in one sequence from now on, in place of laq_params::pinned.
 enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const struct laq_span * spans, uint32_t n_spans);

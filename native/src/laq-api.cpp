@@ -111,9 +111,11 @@ static void check_pinned(const laq_params & p) {
 
 static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
-    laq_check(p.lookahead == LAQ_LOOKAHEAD_DEFERRED || p.lookahead == LAQ_LOOKAHEAD_PSEUDO,
+    laq_check(p.lookahead >= LAQ_LOOKAHEAD_DEFERRED && p.lookahead <= LAQ_LOOKAHEAD_POSITION,
               "lookahead is not one of enum laq_lookahead");
     laq_check(p.draft == LAQ_DRAFT_FULL || p.draft == LAQ_DRAFT_SNAPKV, "draft is not one of enum laq_draft");
+    laq_check(p.draft == LAQ_DRAFT_FULL || p.lookahead != LAQ_LOOKAHEAD_POSITION,
+              "draft = snapkv says where pseudo tokens are generated: lookahead = position generates none");
     laq_check(p.pooling >= LAQ_POOLING_NONE && p.pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
     laq_check(p.score_kernel >= LAQ_SCORE_KERNEL_AUTO && p.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
               "score_kernel is not one of enum laq_score_kernel");
@@ -191,6 +193,31 @@ laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache 
     });
 }
 
+static bool scores_any(const laq_params & p) {
+    return laq_policy_needs_queries(p) || p.draft == LAQ_DRAFT_SNAPKV;
+}
+
+laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
+    return laq_guarded([&] {
+        laq_check(laq && params, "laq and params must not be NULL");
+        laq_check(params->size >= offsetof(laq_params, pinned) && params->size <= 4096, "params->size is not set");
+        laq_params p = laq_default_params();
+        copy_sized(p, *params, params->size);
+        check_params(p, laq->n_cells());
+        laq_check(p.n_ctx == 0 || p.n_ctx == laq->n_ctx, "n_ctx is that of laq_attach()");
+        laq_check(p.score_kernel == laq->params.score_kernel, "score_kernel is that of laq_attach()");
+        laq_check(laq->can_score || !scores_any(p),
+                  "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
+        laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
+                      p.n_window + p.n_lookahead <= laq->scratch.pos.size(),
+                  "window_size, snapkv_window and lookahead_size need more queries than were allocated");
+        for (const laq_seq & seq : laq->seqs) {
+            laq_check(!seq.pending, "an eviction waits: call laq_flush() first");
+        }
+        laq->set_params(p);
+    });
+}
+
 void laq_detach(laq_cache * laq) {
     delete laq;
 }
@@ -242,10 +269,10 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
         }
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget); });
-        } else if (laq->params.lookahead == LAQ_LOOKAHEAD_PSEUDO) {
-            laq_evict_by_pseudo(*laq, seq_id);
-        } else {
+        } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
             laq->seqs[seq_id].pending = laq_pending{ laq->n_tokens(seq_id) };
+        } else {
+            laq_evict_by_pseudo(*laq, seq_id);
         }
     });
 }

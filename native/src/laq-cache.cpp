@@ -21,12 +21,9 @@ void laq_ring::forget(int32_t p0) {
 //
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
-    ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), pinned(p.pinned, p.pinned + p.n_pinned),
-    n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()), seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr),
-    n_ctx_own(ctx->n_ctx_seq()) {
-    params.pinned  = pinned.data();
-    params.n_chunk = laq_policy_chunk(params, n_cells());
-
+    ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()),
+    seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr), n_ctx_own(ctx->n_ctx_seq()) {
+    set_params(p);
     init_layers();
     init_rings();
     const laq_mover_choice mover = laq_choose_mover(*this);
@@ -36,9 +33,6 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
     for (const auto & [_, buf] : kv->ctxs_bufs) {
         const ggml_backend_dev_t dev = laq_device_of(buf.get());
         devices += (devices.empty() ? "" : " ") + std::string(dev ? ggml_backend_dev_name(dev) : "unknown");
-    }
-    for (laq_seq & seq : seqs) {
-        seq.pinned = pinned;
     }
     stats.n_ctx         = n_ctx;
     stats.kv_bytes_full = kv_bytes() / n_cells() * n_ctx;
@@ -51,6 +45,17 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
 laq_cache::~laq_cache() {
     kv->laq = nullptr;
     ctx->set_laq(nullptr, n_ctx_own);
+}
+
+void laq_cache::set_params(const laq_params & p) {
+    params = p;
+    pinned.assign(p.pinned, p.pinned + p.n_pinned);
+    params.pinned  = pinned.data();
+    params.n_chunk = laq_policy_chunk(params, n_cells());
+    for (laq_seq & seq : seqs) {
+        seq.pinned    = pinned;
+        seq.remembers = false;
+    }
 }
 
 void laq_cache::check_layers(const llama_context & ctx) {

@@ -125,8 +125,9 @@ struct laq_cache {
     std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
     bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
-    bool        by_graph = false;  // K and V are moved by a graph on their device
-    std::string devices;           // as laq_stats has them
+    bool        can_score = false;  // what scoring needs was allocated
+    bool        by_graph  = false;  // K and V are moved by a graph on their device
+    std::string devices;            // as laq_stats has them
     std::string score_reason;
     std::string compact_reason;
 
@@ -148,6 +149,9 @@ struct laq_cache {
 
     // allocate what evictions compute with; nothing is allocated after that
     void reserve();
+
+    // parameters in place of those before, which the caller has checked
+    void set_params(const laq_params & p);
 
     // the parameters with the pinned spans of a sequence
     laq_params params_of(int32_t seq_id) const;

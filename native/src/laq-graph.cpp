@@ -203,13 +203,14 @@ void laq_graph_reserve(laq_cache & laq) {
     if (laq.by_graph) {
         laq_graph_reserve_moves(laq);
     }
-    if (!laq_policy_needs_queries(laq.params) && laq.params.draft != LAQ_DRAFT_SNAPKV) {
+    if (!laq.can_score && !laq_policy_needs_queries(laq.params) && laq.params.draft != LAQ_DRAFT_SNAPKV) {
         return;
     }
     llm_graph_result * res = laq.ctx->get_gf_res_reserve();
     const int64_t      n_q = std::max(laq.seqs[0].ring.pos.size(), laq.scratch.pos.size());
     build_score_graph(laq, *res, laq.n_cells(), n_q);
     note_kernels(laq);
+    laq.can_score = true;
     if (!ggml_backend_sched_reserve(laq.ctx->get_sched(), res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY,
                         "no memory for the score graph: use a smaller kv_staging, kv_budget or window_size");

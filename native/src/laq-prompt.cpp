@@ -41,9 +41,31 @@ static void decode(laq_cache & laq, int32_t seq_id, const llama_token * tokens, 
     }
 }
 
+// One pass over tokens that say nothing: their queries know only where they stand. Returns how many.
+static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id) {
+    const llama_vocab & vocab = laq.ctx->get_model().vocab;
+    const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells() - laq.n_used());
+
+    const std::vector<llama_token> tokens(n, std::max(0, vocab.token_nl()));
+
+    const int64_t t0 = ggml_time_us();
+    for (uint32_t i = 0; i < n;) {
+        const uint32_t n_batch = std::min(n - i, laq.ctx->n_batch());
+        decode(laq, seq_id, tokens.data() + i, n_batch);
+        i += n_batch;
+    }
+    laq.ctx->synchronize();
+    laq.stats.n_pseudo += n;
+    laq.stats.ms_lookahead += (ggml_time_us() - t0) / 1000.0;
+    return n;
+}
+
 // Decodes up to n_lookahead greedy tokens, as many as find cells. Ends early at an end-of-generation token, but not
 // before the first one: its query is worth more than none. Returns how many.
 static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float> logits) {
+    if (laq.params.lookahead == LAQ_LOOKAHEAD_POSITION) {
+        return decode_placeholders(laq, seq_id);
+    }
     const llama_vocab & vocab = laq.ctx->get_model().vocab;
     const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells() - laq.n_used());
 

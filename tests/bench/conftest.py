@@ -40,3 +40,9 @@ def bench() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_gguf: Callable[..., Path]) -> Path:
+    """A tiny llama with random weights."""
+    return tiny_gguf("llama")

@@ -1,16 +1,16 @@
-"""answer() follows the full cache and answers freely in one pass: compared with two passes."""
+"""answer() follows a path and answers freely in one pass: compared with two passes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from laq_gguf.bench.answers import COUNTERS, Reply, added, answer
-from laq_gguf.bench.prompts import Prompt
-from laq_gguf.bench.tasks import Example
+from laq_gguf.bench.answers import COUNTERS, added, answer
 
 N_VOCAB, END = 12, 11
-EXAMPLE = Example("needles", "0", "", "", ("x",))
+PROMPT = [1, 2, 3]
 
 
 class FakeDecoder:
@@ -20,32 +20,30 @@ class FakeDecoder:
     good: going back does not bring anything back.
     """
 
-    def __init__(self, seed: int, *, n_exact: int | None, can_rewind: bool) -> None:
+    def __init__(self, seed: int, *, n_exact: int | None = None, can_rewind: bool = True) -> None:
         self.seed, self.n_exact, self.can_rewind = seed, n_exact, can_rewind
-        self.history: list[int] = []
-        self.n_prefills = 0
-        self.n_evictions = 0
+        self.n_starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.history, self.n_starts = [*PROMPT, self.seed], self.n_starts + 1
+        self.evicted = self.n_exact is None
 
     @property
     def n_tokens(self) -> int:
         return len(self.history)
 
-    def prefill(self, tokens: list[int]) -> int:
-        self.history, self.n_prompt = list(tokens), len(tokens)
-        self.evicted = self.n_exact is None
-        self.n_prefills += 1
-        self.n_evictions += self.evicted
-        return int(self.logits().argmax())
-
     def step(self, token: int) -> None:
-        if self.n_exact is not None and self.n_tokens - self.n_prompt >= self.n_exact:
-            self.n_evictions += not self.evicted
+        if self.n_exact is not None and self.n_tokens - len(PROMPT) - 1 >= self.n_exact:
             self.evicted = True
         self.history.append(token)
 
-    def stats(self) -> dict:
-        counters = {"n_evictions": self.n_evictions, "ms_score": 2.0 * self.n_evictions}
-        return {**dict.fromkeys(COUNTERS, 0), **counters}
+    def decode(self, tokens: Sequence[int]) -> np.ndarray:
+        rows = np.empty((len(tokens), N_VOCAB), np.float32)
+        for i, token in enumerate(tokens):
+            self.step(token)
+            rows[i] = self.logits()
+        return rows
 
     def rewind(self, n_tokens: int) -> bool:
         if self.can_rewind:
@@ -56,73 +54,55 @@ class FakeDecoder:
         return token == END
 
     def logits(self) -> np.ndarray:
-        seed = hash((tuple(self.history), self.seed if self.evicted else 0)) % 2**32
+        seed = hash((tuple(self.history), self.evicted)) % 2**32
         return np.random.default_rng(seed).normal(size=N_VOCAB).astype(np.float32)
 
 
-def two_passes(
-    decoder: FakeDecoder, prompt: Prompt, path: list[int] | None, n: int, n_compare: int
-) -> Reply:
-    """The definition: a pass led along `path`, and a free one from the prompt on."""
-    rows, tokens = [], []
-    for led in (True, False):
-        decoder.prefill(prompt.tokens)
-        for token in prompt.lead:
-            decoder.step(token)
-        for i in range(n_compare if led else n):
-            if led and (path is None or i == len(path)):
-                break
-            if i:
-                decoder.step(path[i - 1] if led else tokens[-1])
-            if led:
-                rows.append(decoder.logits())
-            else:
-                tokens.append(int(decoder.logits().argmax()))
-                if tokens[-1] == END:
-                    break
-    return Reply(tokens, np.stack(rows) if rows else np.zeros((0, N_VOCAB), np.float32))
+def freely(decoder: FakeDecoder, n: int) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < n and END not in tokens:
+        if tokens:
+            decoder.step(tokens[-1])
+        tokens.append(int(decoder.logits().argmax()))
+    return tokens
 
 
-@pytest.mark.parametrize("can_rewind", [True, False])
-@pytest.mark.parametrize("n_exact", [None, 4])
-@pytest.mark.parametrize("lead", [[], [3, 1, 4, 1, 5]])
-def test_answer_equals_two_passes(can_rewind: bool, n_exact: int | None, lead: list[int]) -> None:
-    n_rewound = 0
-    for seed in range(40):
-        prompt = Prompt(EXAMPLE, [seed, 2, 3], lead)
-        limits = {"max_new_tokens": 10, "n_compare": 6, "n_exact": n_exact or 0}
-        full = answer(FakeDecoder(0, n_exact=None, can_rewind=True), prompt, None, **limits)
-        decoder = FakeDecoder(seed % 3, n_exact=n_exact, can_rewind=can_rewind)
-        got = answer(decoder, prompt, full, **limits)
-        n_rewound += decoder.n_prefills == 1 and got.tokens != full.tokens
-        want = two_passes(
-            FakeDecoder(seed % 3, n_exact=n_exact, can_rewind=True), prompt, full.tokens, 10, 6
-        )
-        assert got.tokens == want.tokens
-        np.testing.assert_array_equal(got.logits, want.logits)
-        assert got.cost["ms_prefill"] >= 0
-        if decoder.n_evictions:
-            assert (got.cost["n_evictions"], got.cost["ms_score"]) == (1, 2.0)
-    assert n_rewound > 0
+def along(decoder: FakeDecoder, path: Sequence[int]) -> np.ndarray:
+    return np.concatenate([decoder.logits()[None], decoder.decode(path[:-1])])
 
 
-def test_a_method_that_is_the_full_cache_reads_the_prompt_once() -> None:
-    prompt = Prompt(EXAMPLE, [1, 2, 3], [])
-    decoder = FakeDecoder(0, n_exact=None, can_rewind=False)
-    limits = {"max_new_tokens": 10, "n_compare": 6, "n_exact": 0}
-    full = answer(decoder, prompt, None, **limits)
-    again = answer(decoder, prompt, full, **limits)
-    assert decoder.n_prefills == 2
-    assert again.tokens == full.tokens
-    np.testing.assert_array_equal(again.logits, full.logits)
-    assert len(full.logits) == min(6, len(full.tokens))
+@pytest.mark.parametrize(
+    ("n_exact", "stepwise", "can_rewind"),
+    [
+        (None, False, True),
+        (None, False, False),
+        (4, True, True),
+        (4, True, False),
+        (4, False, False),
+    ],
+)
+def test_answer_equals_two_passes(n_exact: int | None, stepwise: bool, can_rewind: bool) -> None:
+    n_left = n_whole = 0
+    for seed in range(60):
+        own = freely(FakeDecoder(seed, n_exact=n_exact), 6)
+        # paths that are the cache's own for a while, for good, or not at all
+        path = [*own[: seed % 7], *([3, 1, 4] if seed % 2 and END not in own else [])][:6] or [5]
+        decoder = FakeDecoder(seed, n_exact=n_exact, can_rewind=can_rewind)
+        got = answer(decoder, path, 10, decoder.start, stepwise=stepwise)
+        assert got.tokens == freely(FakeDecoder(seed, n_exact=n_exact), 10)
+        np.testing.assert_array_equal(got.logits, along(FakeDecoder(seed, n_exact=n_exact), path))
+        n_left += decoder.n_starts == 2
+        n_whole += got.tokens[: len(path)] == path
+    assert n_whole > 5 and (n_left == 0) == (can_rewind and not stepwise)
 
 
 def test_max_new_tokens_is_kept() -> None:
-    decoder = FakeDecoder(0, n_exact=None, can_rewind=True)
-    limits = {"max_new_tokens": 3, "n_compare": 16, "n_exact": 0}
     for seed in range(10):
-        assert len(answer(decoder, Prompt(EXAMPLE, [seed], []), None, **limits).tokens) <= 3
+        for n in (0, 1, 3):
+            decoder = FakeDecoder(seed)
+            reply = answer(decoder, [5, 6, 7, 8], n, decoder.start)
+            assert len(reply.tokens) <= n and len(reply.logits) == 4
+            assert reply.tokens == freely(FakeDecoder(seed), n)
 
 
 def test_a_cache_without_counters_adds_nothing() -> None:

@@ -7,102 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from laq_gguf.bench.answers import COUNTERS
 from laq_gguf.bench.needles import essay
-from laq_gguf.bench.provenance import SCHEMA
 from laq_gguf.bench.speed import N_WARM_UP
 
 HEAD = {"schema", "kind", "command", "settings", "date", "commit", "model", "versions", "machine"}
-RESULT = {
-    "task", "id", "depth", "method", "budget", "n_prompt", "n_lead", "outputs", "text", "score",
-    "top1_agreement", "kl", "kl_max", "n_compared", "seconds", "ms_prefill", "prompt",
-}  # fmt: skip
-STATS = {"n_resident", "n_cells", "kv_bytes", "kv_bytes_full", *COUNTERS}
 # several threads that wait for each other stall where other processes run
 ONE_THREAD = ("--threads", 1)
 pytestmark = pytest.mark.model
-
-
-@pytest.mark.parametrize("lookahead", ["pseudo", "deferred"])
-def test_quality(bench, model: Path, tmp_path: Path, lookahead: str) -> None:
-    out = tmp_path / "quality.json"
-    done = bench(
-        "quality", "--model", model, "--length", 400, "--n-needles", 2, "--budgets", 48,
-        "--methods", "full,laq++", "--lookahead", lookahead, "--out", out,
-        *ONE_THREAD,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    document = json.loads(out.read_text(encoding="utf-8"))
-    assert document.keys() >= HEAD and document["schema"] == SCHEMA
-    assert any(lookahead in note for note in document["notes"])
-    results = document["results"]
-    assert [r["method"] for r in results] == ["full"] * 2 + ["laq++"] * 2
-    for result in results:
-        assert result.keys() >= RESULT
-        assert 0 < result["n_compared"] <= 16
-        assert (result["n_lead"] > 0) == (lookahead == "deferred")
-        assert (result.keys() >= STATS) == (result["method"] != "full")
-    for full in results[:2]:
-        assert (full["kl"], full["top1_agreement"]) == (0.0, 1.0)
-    assert all(r["n_evictions"] == 1 and r["ms_score"] > 0 for r in results[2:])
-    assert all(r["n_pseudo"] == (8 if lookahead == "pseudo" else 0) for r in results[2:])
-    assert all(r["n_resident"] < r["n_prompt"] / 2 and r["kl"] > 0 for r in results[2:])
-    rendered = bench("report", out)
-    assert rendered.returncode == 0 and done.stdout.strip() in rendered.stdout
-
-
-def test_quality_goes_on_where_it_stopped(bench, model: Path, tmp_path: Path) -> None:
-    out, references = tmp_path / "quality.json", tmp_path / "references"
-    command = (
-        "quality", "--model", model, "--length", 400, "--n-needles", 2, "--budgets", 64,
-        "--methods", "full,streaming", "--out", out, "--references", references, *ONE_THREAD,
-    )  # fmt: skip
-    assert bench(*command).returncode == 0
-    whole = json.loads(out.read_text(encoding="utf-8"))
-    assert len(list(references.glob("*.npz"))) == 2
-    assert [r.get("reused") for r in whole["results"]] == [False, False, None, None]
-
-    stopped = {**whole, "results": whole["results"][:3]}
-    out.write_text(json.dumps(stopped), encoding="utf-8")
-    done = bench(*command)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("streaming 64: 1/1") == 1 and "full: 1" not in done.stderr
-    again = json.loads(out.read_text(encoding="utf-8"))
-    assert again["results"][:3] == whole["results"][:3]
-    timings = {"seconds", *(name for name in whole["results"][3] if name.startswith("ms_"))}
-    assert {k: v for k, v in again["results"][3].items() if k not in timings} == {
-        k: v for k, v in whole["results"][3].items() if k not in timings
-    }
-
-    other = bench(*command, "--limit", 1)
-    assert other.returncode == 2 and "limit: None, now 1" in other.stderr
-    # a prompt in chunks, beside the replies that were kept
-    bounded = bench(
-        *command, "--overwrite", "--methods", "laq++", "--kv-staging", 96, "--probe-size", 16,
-        "--follow-size", 0, "--chunk-size", 64,
-    )  # fmt: skip
-    assert bounded.returncode == 0, bounded.stderr
-    document = json.loads(out.read_text(encoding="utf-8"))
-    assert document["settings"]["chunk_size"] == 64
-    assert [r["reused"] for r in document["results"][:2]] == [True, True]
-    assert document["results"][0]["seconds"] == whole["results"][0]["seconds"]
-    assert any("--references" in note for note in document["notes"])
-    for row in document["results"][2:]:
-        assert row["n_cells"] == 256 and row["n_evictions"] > 1
-        assert row["n_probe"] > 0 and row["ms_probe"] > 0
-        assert row["n_probe"] % 16 == 0 and row["n_pseudo"] == 8 * row["n_evictions"]
-
-
-def test_quality_without_eviction(bench, model: Path, tmp_path: Path) -> None:
-    """llama_cpp.Llama itself answers the same questions, with the full cache."""
-    out = tmp_path / "quality.json"
-    done = bench(
-        "quality", "--library", "llama_cpp", "--methods", "full", "--model", model,
-        "--length", 400, "--n-needles", 2, "--out", out, *ONE_THREAD,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert [r["score"] for r in results] == [1.0, 1.0]
 
 
 def write_multiturn(folder: Path) -> None:
@@ -282,9 +193,6 @@ def test_speed_of_the_first_token_alone(
 
 def test_errors_are_one_line_and_status_2(bench, model: Path, tmp_path: Path) -> None:
     for arguments, words in (
-        (("quality", "--model", tmp_path / "none.gguf"), "no model at"),
-        (("quality", "--model", model, "--tasks", "vt"), "pass --data"),
-        (("quality", "--model", model, "--library", "llama_cpp"), "pass --methods full"),
         (("speed", "--model", model, "--plain-lib", tmp_path / "none"), "pass --plain-lib"),
         (("memory", "--model", model, "--plain-lib", tmp_path / "none"), "pass --plain-lib"),
         (("memory", "--model", model, "--plain-lib", tmp_path, "--n-ctx", 1024), "at least 1600"),

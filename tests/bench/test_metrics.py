@@ -10,6 +10,7 @@ import pytest
 from laq_gguf.bench.metrics import (
     any_found,
     kl_divergence,
+    negative_log_likelihood,
     share_found,
     squad_em,
     squad_f1,
@@ -93,3 +94,11 @@ def test_shapes_must_agree() -> None:
         kl_divergence(np.zeros((2, 3)), np.zeros((1, 3)))
     with pytest.raises(ValueError, match="same non-empty shape"):
         top1_agreement(np.zeros((0, 3)), np.zeros((0, 3)))
+
+
+def test_negative_log_likelihood_by_hand() -> None:
+    logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    want = -(math.log(0.25) + math.log(0.8)) / 2
+    assert negative_log_likelihood(logits + 3, [1, 2]) == pytest.approx(want)
+    with pytest.raises(ValueError, match="a token for each row"):
+        negative_log_likelihood(logits, [1])

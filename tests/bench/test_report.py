@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laq_gguf.bench import report, speed, tables
+from laq_gguf.bench import quality_tables, report, speed
 from laq_gguf.bench.provenance import SCHEMA
 
 
@@ -39,7 +39,7 @@ def quality_document() -> dict:
 
 
 def test_share_of_what_the_full_cache_finds() -> None:
-    full, laq = tables.quality_rows(quality_document())
+    full, laq = quality_tables.quality_rows(quality_document())
     assert (full["score"], full["of_full"], full["n_evicted"]) == (pytest.approx(2 / 3), 1.0, None)
     # the answer that only laq++ found does not make up for the half it lost
     assert (laq["score"], laq["of_full"], laq["n"]) == (pytest.approx(2.5 / 3), 0.75, 3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from laq_gguf.bench import report, tables
+from laq_gguf.bench import commands, quality_tables, report, tables
 
 
 def multiturn_row(method: str, index: int, turn: int, kl: float, **extra: Any) -> dict[str, Any]:
@@ -145,7 +145,63 @@ def test_memory_ratios_are_to_the_stock_context_of_the_same_types() -> None:
 
 
 def test_every_command_has_a_table() -> None:
-    assert report.TABLES.keys() == {
-        "quality", "multiturn", "chat", "memory", "speed", "device",
-    }  # fmt: skip
+    # speed and memory have a second kind of result: over contexts
+    others = {"report", "pictures"}
+    assert report.TABLES.keys() - {"sweep", "memory_curve"} == commands.COMMANDS.keys() - others
     assert report.SUMMARIES.keys() < report.TABLES.keys()
+
+
+def size_row(method: str, size: str | None, task: str, **extra: Any) -> dict[str, Any]:
+    row = {
+        "task": task, "length": 2048, "id": "0", "method": method, "size": size, "score": 1.0,
+        "share": None if size is None else {"1/4": 0.25, "1/8": 0.125}[size], "kl": 0.2,
+        "top1_agreement": 0.5, "attention_mass": 0.75, "kv_bytes": 2**20, "kv_bytes_full": 2**22,
+        "n_kept": 100, "counts": "kept cells",
+    }  # fmt: skip
+    return {**row, **extra}
+
+
+SIZES = {
+    "kind": "quality",
+    "results": [
+        size_row("full", None, "niah_single_1", kv_bytes=2**22, n_kept=800, kl=0.0),
+        size_row("full", None, "vt", kv_bytes=2**22, n_kept=800, kl=0.0, score=0.5),
+        size_row("full@q4_0", None, "vt", kv_bytes=1.2 * 2**20, score=0.25),
+        size_row("laq++", "1/8", "niah_single_1", kv_bytes=2**19),
+        size_row("laq++", "1/4", "niah_single_1", score=0.5, attention_mass=None),
+        size_row("laq++", "1/4", "niah_single_2", score=0.0),
+        size_row("laq++", "1/4", "vt", score=0.75, kl=0.5),
+        size_row("bounded", "1/4", "vt", counts="all cells", attention_mass=None),
+    ],
+}
+
+
+def test_rows_of_sizes_are_ordered_by_share() -> None:
+    rows = quality_tables.size_rows(SIZES)
+    assert [(r["method"], r["size"]) for r in rows] == [
+        ("full", None), ("full@q4_0", None), ("laq++", "1/4"), ("bounded", "1/4"), ("laq++", "1/8")
+    ]  # fmt: skip
+    full, q4_0, laq, bounded, eighth = rows
+    # a group is the mean of its rows, the mean that of the groups
+    assert laq["groups"] == {"niah single": 0.25, "vt": 0.75} and laq["mean"] == 0.5
+    assert (laq["n"], laq["kl"], laq["attention_mass"]) == (3, pytest.approx(0.3), 0.75)
+    assert (full["mean"], full["of_full"], q4_0["of_full"]) == (0.75, 1.0, pytest.approx(0.3))
+    # no mean over other groups than the others have
+    assert q4_0["mean"] is None and bounded["mean"] is None and eighth["mean"] is None
+    assert bounded["attention_mass"] is None
+
+
+def test_table_of_sizes() -> None:
+    text = quality_tables.quality_table(SIZES)
+    assert "| n | niah single (2) | vt (1) | mean |" in text and "perplexity" not in text
+    assert "| laq++ | 1/4 | 100 | 1.00 | 3 | 0.25 | 0.75 | 0.500 | 0.3000 | 0.500 | 0.750 |" in text
+    assert "| bounded | 1/4, all cells | 100 | 1.00 | 1 | - | 1.00 | - |" in text
+    assert "| full@q4_0 | 0.30 |" in text
+    assert quality_tables.quality_summary(SIZES) == text
+    text_alone = [
+        size_row("full", None, "perplexity", score=None, nll=1.0),
+        size_row("full", None, "perplexity", score=None, nll=3.0, id="1"),
+    ]
+    table = quality_tables.quality_table({"results": text_alone})
+    assert "| mean | perplexity | KL" in table and "| 2 | - | 7.39 |" in table
+    assert quality_tables.quality_table({"results": []}).count("\n") == 1

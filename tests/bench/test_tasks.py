@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from laq_gguf.bench.metrics import METRICS
-from laq_gguf.bench.needles import needle_prompts
-from laq_gguf.bench.tasks import TASKS, load_examples, pairs_prompt
+from laq_gguf.bench.needles import needle_prompts, sentences, spread_order
+from laq_gguf.bench.prompts import text_prompts
+from laq_gguf.bench.tasks import (
+    TASKS,
+    load_examples,
+    long_text,
+    pairs_prompt,
+    parse_tasks,
+    task_lengths,
+)
 
 
 def count_words(text: str) -> int:
@@ -34,12 +42,12 @@ def test_needles_lie_at_their_depth_and_fill_the_length() -> None:
 
 
 def test_needles_refuse_a_length_without_room() -> None:
-    with pytest.raises(ValueError, match="raise --length"):
+    with pytest.raises(ValueError, match="raise --lengths"):
         needle_prompts(1, 20, count_words)
 
 
 def test_every_task_has_a_metric() -> None:
-    assert {task.metric for task in TASKS.values()} <= METRICS.keys()
+    assert {task.metric for task in TASKS.values()} <= METRICS.keys() | {""}
 
 
 def write_ruler(folder: Path, records: list[dict]) -> None:
@@ -68,7 +76,7 @@ def test_ruler_errors_say_what_to_change(tmp_path: Path) -> None:
     write_ruler(tmp_path / "ruler" / "4096", [{"input": "x", "outputs": ["y"]}])
     with pytest.raises(ValueError, match="pass --data"):
         load("vt", None)
-    with pytest.raises(ValueError, match=r"--length \[4096\]"):
+    with pytest.raises(ValueError, match=r"--lengths \[4096\]"):
         load("vt", tmp_path)
     with pytest.raises(ValueError, match=r"vt\.jsonl:1: fields missing: answer_prefix"):
         load("vt", tmp_path, length=4096)
@@ -100,3 +108,79 @@ def test_kv_retrieval_errors(tmp_path: Path) -> None:
     for key, value in (("z", "v1"), ("a1", "v2")):
         with pytest.raises(ValueError, match="is not among ordered_kv_records"):
             pairs_prompt([("a1", "v1"), ("b2", "v2")], key, value)
+
+
+def test_tasks_may_have_lengths_of_their_own() -> None:
+    assert parse_tasks("vt,needles:4096,vt") == ["vt", "needles:4096"]
+    assert task_lengths("vt", [512, 1024]) == ("vt", [512, 1024])
+    assert task_lengths("needles:4096", [512]) == ("needles", [4096])
+    assert task_lengths("kv_retrieval_75", [512, 1024]) == ("kv_retrieval_75", [0])
+    for wrong in ("vt:", "vt:x", "vt:0", "kv_retrieval_75:512"):
+        with pytest.raises(ValueError, match="no task with a length"):
+            parse_tasks(wrong)
+    with pytest.raises(ValueError, match="unknown task 'vx'"):
+        parse_tasks("vt,vx")
+
+
+def test_the_first_needles_are_spread_over_the_depths() -> None:
+    for n in range(1, 20):
+        assert sorted(spread_order(n)) == list(range(n))
+    assert spread_order(8)[:4] == [4, 0, 6, 2]
+    examples = load("needles", None, length=1000)
+    assert [e.depth for e in examples] == [0.625, 0.125, 0.875, 0.375]
+    assert [e.id for e in examples] == ["2", "0", "3", "1"]
+
+
+def test_needles_in_a_text_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"This is sentence\nnumber {i}. " for i in range(400)))
+    assert sentences(path.read_text())[:2] == [
+        "This is sentence number 0.", "This is sentence number 1."
+    ]  # fmt: skip
+
+    def needles(length: int) -> list:
+        return load_examples(
+            "needles", data=None, length=length, limit=None, n_needles=3,
+            count_tokens=count_words, text=path,
+        )  # fmt: skip
+
+    examples = needles(700)
+    begins = {example.message.split("number ")[1].split(".")[0] for example in examples}
+    assert len(begins) == 3, "each prompt begins elsewhere"
+    for example in examples:
+        assert 590 < count_words(example.message) <= 604
+        assert example.message.count(f"{example.answer_prefix} {example.outputs[0]}.") == 1
+    with pytest.raises(ValueError, match="--text has no 2904 tokens"):
+        needles(3000)
+    with pytest.raises(ValueError, match="no text at"):
+        load_examples(
+            "needles", data=None, length=700, limit=None, n_needles=3,
+            count_tokens=count_words, text=tmp_path / "none.txt",
+        )  # fmt: skip
+
+
+class Letters:
+    """A tokenizer that knows letters; 0 begins a text."""
+
+    def tokenize(self, text: str, *, add_bos: bool = False) -> list[int]:
+        return [*([0] if add_bos else []), *map(ord, text)]
+
+
+def test_pieces_of_a_text_are_spread_and_go_on(tmp_path: Path) -> None:
+    text = "".join(chr(33 + i) for i in range(50))
+    first, second, third = text_prompts(Letters(), text, 10, 4, 3)
+    assert first.tokens == [0, *map(ord, text[:10])]
+    assert first.path == tuple(map(ord, text[10:14]))
+    assert second.tokens[1] == ord(text[18]) and third.path[-1] == ord(text[-1])
+    assert len({p.digest for p in (first, second, third)}) == 3
+    assert len(text_prompts(Letters(), text, 20, 4, 9)) == 2, "as many as do not overlap"
+    with pytest.raises(ValueError, match="the text has 50 tokens, 51 are needed"):
+        text_prompts(Letters(), text, 47, 4, 1)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="pass --text FILE"):
+        long_text(tmp_path, None)
+    (folder / "a.raw").write_text("from the data")
+    (tmp_path / "b.txt").write_text("of the user")
+    assert long_text(tmp_path, None) == "from the data"
+    assert long_text(tmp_path, tmp_path / "b.txt") == "of the user"

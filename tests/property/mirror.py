@@ -134,6 +134,7 @@ class Mirror:
         """
         self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
         self.inspector, self.eos = Inspector(llm, native), EOS
+        self.newline = max(0, llm._model.token_nl())
         self.cache = NativeCache(
             params,
             max(params.window_size, params.snapkv_window) + params.lookahead_size,
@@ -228,7 +229,7 @@ class Mirror:
 
     def prompt_end(self) -> None:
         cache, params = self.cache, self.cache.params
-        looks_ahead = params.needs_lookahead and params.lookahead == "pseudo" and cache.n_over > 0
+        looks_ahead = params.needs_lookahead and params.lookahead != "deferred" and cache.n_over > 0
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
@@ -303,8 +304,13 @@ class Mirror:
     def _ahead(self, fork: NativeCache, logits: Any, n_free: int, made: list[Tokens]) -> Tokens:
         """`made` and the greedy tokens that follow, as many as native decoded. Where two tokens are
         nearly as good, native may have taken the other one: then the scores are not compared.
+        Lookahead "position": newlines in their place.
         """
         n_made = self.after.n_pseudo - self.before.n_pseudo
+        if self.cache.params.lookahead == "position":
+            assert n_made == min(self.cache.params.lookahead_size, n_free)
+            self._forward([self.newline] * max(n_made, 1), fork, made)
+            return self._joined(made)
         for i in range(max(n_made, 1)):  # the reference wants one even where none finds a cell
             token = self._greedy(logits)
             assert i == 0 or token != self.eos or self.cache.tolerance is None
@@ -313,6 +319,9 @@ class Mirror:
         if n_made < n_most:
             assert self._greedy(logits) == self.eos or self.cache.tolerance is None
         assert n_made <= n_most
+        return self._joined(made)
+
+    def _joined(self, made: list[Tokens]) -> Tokens:
         parts = ("k", "v", "q")
         return Tokens(*(np.concatenate([getattr(t, c) for t in made], axis=1) for c in parts))
 

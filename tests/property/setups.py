@@ -90,6 +90,7 @@ SETUPS = (
         compaction="graph",
     ),
     Setup("laq pseudo, draft snapkv", "laq", rules={**PSEUDO, "draft": "snapkv"}),
+    Setup("laq++ position", "laq++", rules={"lookahead": "position"}),
     # SnapKV keeps more than the budget: every draft is refused
     Setup("draft beyond the budget", "laq++", 30, rules={**PSEUDO, "draft": "snapkv"}),
     Setup("snapkv", "snapkv", cache_type="f32", context=NO_FA),

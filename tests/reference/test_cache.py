@@ -141,6 +141,19 @@ def test_draft_cache_is_snapkvs_and_leaves_the_full_one() -> None:
     assert cache.n_resident == 100
 
 
+def test_placeholders_score_as_pseudo_tokens_do() -> None:
+    ahead = tokens(8, first=100)
+    pseudo, position = (filled(100, policy="laq", lookahead=x) for x in ("pseudo", "position"))
+    for cache in (pseudo, position):
+        cache.prompt_end(ahead)
+    assert (position.positions == pseudo.positions).all()
+    assert not position.pending and position.n_tokens == 100
+    with pytest.raises(ValueError, match="'position' needs the tokens that follow"):
+        filled(100, policy="laq", lookahead="position").prompt_end()
+    with pytest.raises(ValueError, match="generates nothing"):
+        PolicyParams(budget=32, lookahead="position", draft="snapkv")
+
+
 def test_pseudo_tokens_of_a_cut_cache_leave_their_keys_behind() -> None:
     ahead = tokens(8, first=100)
     cache = filled(100, policy="laq", lookahead="pseudo", draft="snapkv", budget=40)

@@ -1,0 +1,142 @@
+"""METHODS: the caches that are compared, by name, and how many tokens each may hold.
+
+A name may end in the type of K and V: `laq++@q8_0`. Methods are compared at equal bytes: a share of
+what the full f16 cache of the same prompt takes. How many tokens that is follows from the bytes of
+a cell of the method's own type, read back from a cache that was allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from laq_gguf.cli import CACHE_TYPES
+from laq_gguf.config import CELL_STEP, LaqConfig
+
+F16 = "f16"
+STEP_EXCESS = 0.03
+
+
+@dataclass(frozen=True)
+class Method:
+    """A cache.
+
+    Attributes:
+        options: keyword arguments of laq_gguf.Llama, beside the budget.
+        bounded: the prompt is read in chunks, and never has more cells than the bytes allow.
+            Others read all of it before they evict: their bytes are those of the cells they keep.
+        name: as it was asked for.
+        type: of K and V.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    bounded: bool = False
+    name: str = ""
+    type: str = F16
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it has a budget: the full cache has none."""
+        return self.options.get("kv_policy") != "full"
+
+    @property
+    def config(self) -> LaqConfig:
+        """Its settings of the eviction."""
+        return LaqConfig(**self.options)
+
+
+PSEUDO = {"lookahead": "pseudo"}
+METHODS: dict[str, Method] = {
+    "full": Method({"kv_policy": "full"}),
+    "streaming": Method({"kv_policy": "streaming"}),
+    "random": Method({"kv_policy": "random"}),
+    "snapkv": Method({"kv_policy": "snapkv"}),
+    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut
+    "laq": Method({"kv_policy": "laq", "draft": "snapkv", **PSEUDO}),
+    "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
+    # queries of placeholders that know only where they stand: is generating worth it
+    "position": Method({"kv_policy": "laq++", "lookahead": "position"}),
+    # its first lookahead_size tokens are the full cache's own
+    "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
+    "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),
+}
+
+
+def parse_method(name: str) -> Method:
+    """The method of a name such as "snapkv" or "laq++@q8_0".
+
+    Raises:
+        ValueError: unknown method or type.
+    """
+    base, _, type_name = name.partition("@")
+    known = METHODS.get(base)
+    if known is None:
+        raise ValueError(f"unknown method {base!r}; there are: {', '.join(METHODS)}")
+    if type_name and type_name not in CACHE_TYPES:
+        raise ValueError(
+            f"unknown K/V type {type_name!r} of {name!r}; there are: {', '.join(CACHE_TYPES)}"
+        )
+    return Method(known.options, known.bounded, name, type_name or F16)
+
+
+def method_names(text: str) -> list[str]:
+    """An argparse type: names of methods with commas between them."""
+    try:
+        return list(dict.fromkeys(parse_method(name).name for name in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_share(text: str) -> float:
+    """A share such as "1/8" or "0.125".
+
+    Raises:
+        ValueError: it is none, or not between 0 and 1.
+    """
+    try:
+        share = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"a share is a fraction between 0 and 1 such as 1/8, got {text!r}")
+    return share
+
+
+def shares(text: str) -> list[float]:
+    """An argparse type: shares with commas between them."""
+    try:
+        return list(dict.fromkeys(parse_share(part) for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def share_text(share: float) -> str:
+    """A share as a fraction: 0.125 is "1/8"."""
+    return str(Fraction(share).limit_denominator(1000))
+
+
+def tokens_of_share(share: float, n_prompt: int, full_cell: float, own_cell: float) -> int:
+    """Tokens per layer and KV head that take no more bytes than a share of the full f16 cache.
+
+    Args:
+        share: of the bytes that the prompt takes in the full f16 cache.
+        n_prompt: tokens of the prompt.
+        full_cell: bytes of one cell over all layers, f16.
+        own_cell: the same in the method's type.
+    """
+    return int(share * n_prompt * full_cell / own_cell)
+
+
+def bounded_size(n_tokens: int, config: LaqConfig) -> tuple[int, int] | None:
+    """Budget and staging of a cache that never has more than n_tokens cells.
+
+    Cells come in steps of 256: up to STEP_EXCESS more are taken rather than a whole step less. A
+    quarter of them, and no less than a prompt in chunks needs, is for what is being read; the rest
+    stays. None: not even one step fits, or nothing could stay.
+    """
+    n_cells = int(n_tokens * (1 + STEP_EXCESS)) // CELL_STEP * CELL_STEP
+    staging = max(config.min_staging, n_cells // 4)
+    budget = n_cells - staging
+    return (budget, staging) if n_cells and budget >= config.n_pinned() else None

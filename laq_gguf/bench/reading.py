@@ -1,0 +1,163 @@
+"""A prompt is read once for each K/V type, and every method begins where that reading ended."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+from laq_gguf.bench.decoder import Decoder
+from laq_gguf.bench.methods import METHODS, Method, bounded_size
+from laq_gguf.bench.options import llama_options
+from laq_gguf.cli import CACHE_TYPES
+
+
+def options_of(args: argparse.Namespace, n_ctx: int, type_name: str) -> dict[str, Any]:
+    """Keyword arguments of laq_gguf.Llama for a K/V type, beside those of the eviction."""
+    type_id = CACHE_TYPES[type_name]
+    return {**llama_options(args, n_ctx), "type_k": type_id, "type_v": type_id}
+
+
+class Reader:
+    """A cache that holds any prompt whole, and takes the settings of every method that reads so.
+
+    Attributes:
+        bytes_per_cell: over all layers, read back.
+        ms_read: what the last prompt took.
+    """
+
+    def __init__(self, args: argparse.Namespace, n_ctx: int, type_name: str) -> None:
+        """Load the model. n_ctx: tokens of the longest prompt and what is decoded after it."""
+        options = options_of(args, n_ctx, type_name)
+        # a policy that scores: what all of them need is allocated
+        options.update(kv_budget=n_ctx, kv_policy="laq++", lookahead="pseudo")
+        self.decoder = Decoder("laq_gguf", str(args.model), options)
+        self.n_ctx, self.ms_read = n_ctx, 0.0
+        stats = self.stats()
+        self.bytes_per_cell = stats["kv_bytes"] / stats["n_cells"]
+
+    def stats(self) -> dict[str, Any]:
+        """kv_stats() as a dict."""
+        stats = self.decoder.stats()
+        assert stats is not None
+        return stats
+
+    def read(self, tokens: list[int]) -> None:
+        """Read a prompt but for its last token, with nothing evicted, and keep the state.
+
+        The last one is decoded by `start`: a state has no logits.
+        """
+        decoder = self.decoder
+        decoder.llm.reset()
+        decoder.llm.set_eviction(self.n_ctx, **METHODS["full"].options)
+        start = time.perf_counter()
+        decoder.prefill(tokens[:-1])
+        self.ms_read = 1e3 * (time.perf_counter() - start)
+        self._state, self._last = decoder.save(), tokens[-1]
+
+    def start(self, method: Method, budget: int | None) -> float:
+        """Bring the cache to the end of the prompt, evicted as a method does it.
+
+        Args:
+            budget: tokens per layer and KV head; None: nothing is evicted.
+        Returns:
+            What it took from the whole prompt on, ms.
+        """
+        decoder = self.decoder
+        decoder.load(self._state)
+        options = {**vars(method.config), "pinned": ()}
+        decoder.llm.set_eviction(self.n_ctx if budget is None else budget, **options)
+        decoder.step(self._last)
+        start = time.perf_counter()
+        decoder.llm._laq.prompt_end()
+        return 1e3 * (time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.decoder.close()
+
+
+class BoundedReader:
+    """A cache of few cells, which reads each prompt in chunks."""
+
+    def __init__(self, args: argparse.Namespace, n_ctx: int, method: Method, n_tokens: int) -> None:
+        """Load the model. n_tokens: cells at most.
+
+        Raises:
+            ValueError: too few, see methods.bounded_size.
+        """
+        size = bounded_size(n_tokens, method.config)
+        if size is None:
+            raise ValueError(f"{n_tokens} cells are too few for {method.name}")
+        budget, staging = size
+        options = options_of(args, n_ctx, method.type)
+        options.update(method.options, kv_budget=budget, kv_staging=staging)
+        self.decoder = Decoder("laq_gguf", str(args.model), options)
+
+    def start(self, tokens: list[int]) -> float:
+        """Read a prompt. Returns what it took, ms."""
+        start = time.perf_counter()
+        self.decoder.prefill(tokens)
+        self._state = self.decoder.save()
+        return 1e3 * (time.perf_counter() - start)
+
+    def again(self) -> None:
+        """Back to the end of the prompt, but for the logits."""
+        self.decoder.load(self._state)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.decoder.close()
+
+
+class Readers:
+    """The readers of a run, each opened when it is first needed.
+
+    A model of more than ONE_AT_A_TIME bytes is loaded once at a time: it may not fit the memory
+    as often as there are K/V types and sizes.
+    """
+
+    ONE_AT_A_TIME = 2**30
+
+    def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
+        self._args, self._n_ctx = args, n_ctx
+        self._open: dict[tuple[str, int | None], Reader | BoundedReader] = {}
+        self._bytes_per_cell: dict[str, float] = {}
+
+    def whole(self, type_name: str) -> Reader:
+        """The reader of a K/V type."""
+        reader = self._get((type_name, None), lambda: Reader(self._args, self._n_ctx, type_name))
+        assert isinstance(reader, Reader)
+        self._bytes_per_cell[type_name] = reader.bytes_per_cell
+        return reader
+
+    def bounded(self, method: Method, n_tokens: int) -> BoundedReader:
+        """The reader of a bounded method with so many cells at most."""
+        size = bounded_size(n_tokens, method.config)
+        reader = self._get(
+            (method.name, sum(size) if size else 0),
+            lambda: BoundedReader(self._args, self._n_ctx, method, n_tokens),
+        )
+        assert isinstance(reader, BoundedReader)
+        return reader
+
+    def bytes_per_cell(self, type_name: str) -> float:
+        """Bytes of a cell of a K/V type over all layers, read back from an allocated cache."""
+        if type_name not in self._bytes_per_cell:
+            self.whole(type_name)
+        return self._bytes_per_cell[type_name]
+
+    def _get(
+        self, key: tuple[str, int | None], make: Callable[[], Reader | BoundedReader]
+    ) -> Reader | BoundedReader:
+        if key not in self._open:
+            if self._args.model.stat().st_size > self.ONE_AT_A_TIME:
+                self.close()
+            self._open[key] = make()
+        return self._open[key]
+
+    def close(self) -> None:
+        """Free all models."""
+        while self._open:
+            self._open.popitem()[1].close()

@@ -1,0 +1,94 @@
+"""Methods by name, budgets of equal bytes, and the commands of `laq-gguf bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from laq_gguf import cli
+from laq_gguf.bench import commands
+from laq_gguf.bench.methods import (
+    METHODS,
+    bounded_size,
+    method_names,
+    parse_method,
+    share_text,
+    shares,
+    tokens_of_share,
+)
+from laq_gguf.bench.provenance import shown_command
+
+
+def test_a_name_may_end_in_a_type() -> None:
+    method = parse_method("laq++@q8_0")
+    assert (method.name, method.type, method.evicts, method.bounded) == (
+        "laq++@q8_0", "q8_0", True, False
+    )  # fmt: skip
+    assert method.config.kv_policy == "laq++" and method.config.lookahead == "pseudo"
+    assert parse_method("laq").config.draft == "snapkv", "the paper's"
+    assert parse_method("full").type == "f16" and not parse_method("full").evicts
+    assert method_names("full,laq,full") == ["full", "laq"]
+    for name in METHODS:
+        assert parse_method(name).config.kv_policy in name or name in (
+            "deferred",
+            "bounded",
+            "position",
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("lak", "unknown method 'lak'"), ("laq@q9", "unknown K/V type 'q9'")]
+)
+def test_unknown_names_are_refused(text: str, words: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=words):
+        method_names(text)
+
+
+def test_shares_are_fractions() -> None:
+    assert shares("1/4,0.125,1/16") == [0.25, 0.125, 0.0625]
+    assert [share_text(share) for share in (0.25, 0.0625, 1 / 3)] == ["1/4", "1/16", "1/3"]
+    for wrong in ("1", "0", "-1/4", "x", "1/0", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="between 0 and 1"):
+            shares(wrong)
+
+
+def test_equal_bytes_are_more_tokens_in_a_smaller_type() -> None:
+    # 30 layers of 3 KV heads of 64, K and V: 2 bytes a value, or 34 and 18 for 32 of them
+    values = 30 * 3 * 64 * 2
+    f16, q8_0, q4_0 = 2 * values, values * 34 / 32, values * 18 / 32
+    assert tokens_of_share(1 / 8, 2000, f16, f16) == 250
+    assert tokens_of_share(1 / 8, 2000, f16, q8_0) == int(250 * 32 / 17)
+    assert tokens_of_share(1 / 8, 2000, f16, q4_0) == int(250 * 32 / 9)
+    for share in (1 / 4, 1 / 16, 1 / 3):
+        n = tokens_of_share(share, 2001, f16, q8_0)
+        assert n * q8_0 <= share * 2001 * f16 < (n + 1) * q8_0
+
+
+def test_a_bounded_cache_counts_all_its_cells() -> None:
+    config = parse_method("bounded").config
+    assert bounded_size(1100, config) == (768, 256), "cells come in steps of 256"
+    assert bounded_size(256, config) == (168, 88) and config.min_staging == 88
+    assert bounded_size(250, config) == (168, 88) and bounded_size(248, config) is None
+    assert sum(bounded_size(507, config)) == 512, "1 % more, not half"
+
+
+def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFixture) -> None:
+    for name, module in commands.COMMANDS.items():
+        with pytest.raises(SystemExit) as done:
+            cli.main(["bench", name, "--help"])
+        assert done.value.code == 0
+        assert (module.__doc__ or "").split(":")[0] in capsys.readouterr().out
+    assert cli.main(["bench", "report", "none.json"]) == 2
+    assert "laq-gguf bench report: no result file" in capsys.readouterr().err
+
+
+def test_a_command_is_shown_without_paths_of_this_machine(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "/somewhere/data", f"--out={tmp_path / 'r' / 'x.json'}", "--text", "../a b"]
+    assert shown_command(["/venv/bin/laq-gguf", "bench", "quality", *words]) == (
+        "laq-gguf bench quality --data data --out=r/x.json --text '../a b'"
+    )
+    assert shown_command(["/x/scripts/bench.py", "chat"]) == "python bench.py chat"
+    assert shown_command(["scripts/bench.py", "chat"]) == "python scripts/bench.py chat"
