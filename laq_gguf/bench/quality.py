@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from laq_gguf.bench.methods import method_names, shares
+from laq_gguf.bench.methods import METHODS, method_names, shares
 from laq_gguf.bench.options import (
     add_common,
     add_overwrite,
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=integers, help="prompt lengths in tokens: 2048,4096")
     add("--limit", type=int, help="the first N examples of each task only")
     add("--n-needles", type=int, help="depths of the task needles")
-    add("--methods", type=method_names, help="such as laq++,snapkv@q8_0,full@q4_0")
+    add("--methods", type=method_names, help=f"of {', '.join(METHODS)}, each also as NAME@TYPE")
     add("--shares", type=shares, help="of the full f16 cache's bytes: 1/4,1/8,1/16")
     add("--budgets", type=integers, help="tokens in place of shares: 128,256")
     add("--bounded-cells", type=int, help="bounded has no row with fewer cells than these")
