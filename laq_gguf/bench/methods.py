@@ -8,7 +8,7 @@ a cell of the method's own type, read back from a cache that was allocated.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -45,6 +45,15 @@ class Method:
     def config(self) -> LaqConfig:
         """Its settings of the eviction."""
         return LaqConfig(**self.options)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget: tokens that are always kept, also by the draft."""
+        config = self.config
+        least = config.n_pinned()
+        if config.draft == "snapkv":
+            least = max(least, replace(config, kv_policy="snapkv").n_pinned())
+        return least
 
 
 PSEUDO = {"lookahead": "pseudo"}

@@ -28,6 +28,13 @@ def test_a_name_may_end_in_a_type() -> None:
         "laq++@q8_0", "q8_0", True, False
     )  # fmt: skip
     assert method.config.kv_policy == "laq++" and method.config.lookahead == "pseudo"
+    # 4 sinks and a window of 8, with 8 of the lookahead; a window of 32 that the draft keeps
+    assert [parse_method(n).least for n in ("streaming", "laq++", "snapkv", "laq")] == [
+        12,
+        20,
+        36,
+        36,
+    ]
     paper = parse_method("laq").config
     assert (paper.draft, paper.follow_size) == ("snapkv", 0)
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
