@@ -97,6 +97,9 @@ class PeerModel:
         Args:
             presses: by the names that they have in the result.
             shares: of the cells that stay.
+
+        Raises:
+            ValueError: a prompt that a press refuses.
         """
         cache, input_ids = DynamicCache(), torch.tensor([list(tokens)])
         zips = {name: press for name, press in presses.items() if press.name == KVZIP}
@@ -111,9 +114,12 @@ class PeerModel:
             layer = cache.layers[module.layer_idx]
             for (name, share), cells in kept.items():
                 scorers[name].compression_ratio = 1 - share
-                keys, values = scorers[name].compress(
-                    module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs
-                )
+                try:
+                    keys, values = scorers[name].compress(
+                        module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs
+                    )
+                except AssertionError as error:  # how kvpress refuses
+                    raise ValueError(f"{name}, {len(tokens)} tokens: {error}") from error
                 cells.append(LayerCells(keys[0], values[0]))
 
         for press in scorers.values():

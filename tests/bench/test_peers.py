@@ -161,6 +161,11 @@ def test_sizes_are_those_of_the_cells_that_are_held(tiny) -> None:
         assert size == {"budget": 25, "kv_bytes": 25 * 1024, "kv_bytes_full": 100 * 1024}, key
 
 
+def test_a_prompt_that_a_press_refuses_is_an_error_that_names_it(tiny) -> None:
+    with pytest.raises(ValueError, match=r"snapkv, 50 tokens: .*window size 64"):
+        tiny.read(TOKENS[:50], {"snapkv": peers.Press("SnapKVPress")}, [0.5])
+
+
 def test_a_free_answer_is_that_of_each_cache_alone(tiny) -> None:
     presses = {"tova": peers.Press("TOVAPress"), "keydiff": peers.Press("KeyDiffPress")}
     reading = tiny.read(TOKENS, presses, [0.5, 0.1])
