@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda")
     parser.add_argument("--python", help="pack: version of the other machine's Python")
-    parser.add_argument("--cmake-args", default="", help="build: more definitions, -DNAME=VALUE")
+    parser.add_argument("--cmake-args", default="", help="build: more definitions, =-DNAME=VALUE")
     parser.add_argument("--quick", action="store_true",
                         help="few of the speeds, and a small model in short contexts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
@@ -146,13 +146,18 @@ def build(args: argparse.Namespace) -> None:
 
 
 def cublas_of_package(python: Path) -> list[str]:
-    """Definitions for the cuBLAS of the package nvidia-cublas, where the toolkit has none."""
+    """Definitions for the cuBLAS of the package nvidia-cublas, where the toolkit has none.
+
+    Raises:
+        DevError: there is no compiler, or neither has it.
+    """
     if shutil.which("nvcc") is None:
         raise DevError("no nvcc: install the CUDA toolkit, or use another --backend")
     toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
     if list(toolkit.glob("**/cublas_v2.h")):
         return []
-    packages = [Path(sysconfig.get_paths()["purelib"]), *VENV.glob("lib/python*/site-packages")]
+    venv = python.parent.parent.glob("lib/python*/site-packages")
+    packages = [Path(sysconfig.get_paths()["purelib"]), *venv]
     for header in [h for folder in packages for h in folder.glob("nvidia/**/cublas_v2.h")]:
         library = next((header.parent.parent / "lib").glob("libcublas.so*"), None)
         if library:

@@ -4,9 +4,10 @@
     python3 scripts/wheel.py cuda    the same with CUDA for RTX 20 to 50 and data centre cards
 
 The result lies in dist/. The builds are the presets cpu-portable and cuda-portable of
-native/CMakePresets.json; --cmake-args adds to them. What is checked: auditwheel finds every library
-(CUDA's own come from NVIDIA's packages: pip install 'laq-gguf[cuda]'), no library names a folder of
-this machine, and `laq-gguf doctor` runs in a new environment without LD_LIBRARY_PATH.
+native/CMakePresets.json; --cmake-args=-DNAME=VALUE adds to them. What is checked: auditwheel finds
+every library (CUDA's own come from NVIDIA's packages: pip install 'laq-gguf[cuda]'), no library
+names a folder of this machine, and `laq-gguf doctor` runs in a new environment without
+LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 import dev
+import gpu_check
 from dev import DevError, run
 
 ROOT = dev.ROOT
@@ -36,7 +38,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=("cpu", "cuda"))
-    parser.add_argument("--cmake-args", default="", help="more definitions, -DNAME=VALUE")
+    parser.add_argument("--cmake-args", default="", help="more definitions, =-DNAME=VALUE")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheel")
     args = parser.parse_args()
     try:
@@ -56,11 +58,14 @@ def main() -> int:
 def build(kind: str, cmake_args: str, folder: Path) -> Path:
     """`pip wheel .` with the preset; a build folder of its own is kept."""
     dev.ensure_venv()
-    run(dev.PYTHON, "-m", "pip", "install", "--quiet", *TOOLS)
+    tools = [*TOOLS, *(dev.requirements("cuda") if kind == "cuda" else ())]
+    run(dev.PYTHON, "-m", "pip", "install", "--quiet", *tools)
+    cublas = gpu_check.cublas_of_package(dev.PYTHON) if kind == "cuda" else []
+    words = [f"--preset={kind}-portable", *(f"-D{define}" for define in cublas), cmake_args]
     env = dev.venv_env(
         SKBUILD_BUILD_DIR=str(dev.BUILD / f"wheel-{kind}"),
         SKBUILD_CMAKE_DEFINE=";".join(dev.launchers()),
-        CMAKE_ARGS=f"--preset={kind}-portable {cmake_args}".strip(),
+        CMAKE_ARGS=" ".join(words).strip(),
     )
     run(dev.PYTHON, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT,
         env=env)  # fmt: skip

@@ -100,6 +100,7 @@ def tune_table(document: dict[str, Any]) -> str:
         (
             ("kv_budget", lambda r: str(r["budget"])),
             ("of the prompt", lambda r: f"{r['budget'] / n:.3f}"),
+            ("KV of it, MiB", lambda r: number(_mib(r["kv_bytes"]), ".2f")),
             ("top-1 = full's", lambda r: f"{r['top1_agreement']:.3f}"),
             ("KL to full (nats)", lambda r: f"{r['kl']:.4f}"),
             ("tokens compared", lambda r: str(r["n_compared"])),

@@ -78,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench peers`."""
     add_common(parser)
     parser.add_argument("--data", type=Path, help="folder with ruler/LENGTH/TASK.jsonl")
+    asking = {name: task for name, task in TASKS.items() if task.metric}
     parser.add_argument(
-        "--tasks", type=names(TASKS), default=["needles"], help=f"of {', '.join(TASKS)}"
+        "--tasks", type=names(asking), default=["needles"], help=f"of {', '.join(asking)}"
     )
     parser.add_argument("--length", type=integers, default=[2048], help="of prompts, with commas")
     parser.add_argument("--limit", type=int, help="the first N examples of each task only")
@@ -326,7 +327,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Question], int]:
         render = chat_renderer(decoder)
         for name in args.tasks:
             # those with a length of their own are asked once
-            for length in args.length if TASKS[name].source != "pairs" else [0]:
+            for length in args.length if TASKS[name].has_length else [0]:
                 examples = load_examples(
                     name,
                     data=args.data,

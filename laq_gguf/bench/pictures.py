@@ -9,6 +9,7 @@ Needs the extra `bench` (matplotlib), but for the page.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from laq_gguf.bench.methods import share_text
 from laq_gguf.bench.report import read
 
 WIDTH, HEIGHT, DPI = 6.4, 4.2, 144
+MARKERS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,9 @@ def run(args: argparse.Namespace) -> list[Path]:
     made = []
     for stem, document in documents:
         made += PICTURES[document["kind"]](document, args.out / stem)
+    compared = [document for _, document in documents if document["kind"] in COMPARED]
+    if len(compared) > 1:
+        made += _over_bytes_pictures(compared, args.out / "compared")
     if not made:
         raise ValueError("no rows to draw in these files")
     for path in made:
@@ -72,18 +77,31 @@ def pyplot() -> Any:
 
 def quality_pictures(document: Document, stem: Path) -> list[Path]:
     """Scores and KL over bytes; a map of needles for each method and size."""
+    made = _over_bytes_pictures([document], stem)
+    grids = needle_grids(document)
+    if grids:
+        made.append(_draw_grids(grids, _named(stem, "needles")))
+    return made
+
+
+def _over_bytes_pictures(documents: Sequence[Document], stem: Path) -> list[Path]:
+    """Lines of all documents in one picture; each measured with its own prompts."""
     made = []
     for name, label, is_log in (
         ("score", "share of answers found", False),
         ("kl", "KL to the full cache, nats", True),
     ):
-        lines = over_bytes(document, name)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for document in documents:
+            for method, points in over_bytes(document, name).items():
+                # in another library than ours, unevicted too
+                is_peer = document["kind"] == "peers" and method == "full"
+                line = lines.setdefault("full (transformers)" if is_peer else method, [])
+                line += [point for point in points if point[1] > 0 or not is_log]
+        lines = {method: points for method, points in lines.items() if points}
         if lines:
             what = Labels(f"{label}, by bytes of K and V", "KV cache, share of full f16", label)
             made.append(_draw_lines(lines, what, _named(stem, f"{name}-over-bytes"), log_y=is_log))
-    grids = needle_grids(document)
-    if grids:
-        made.append(_draw_grids(grids, _named(stem, "needles")))
     return made
 
 
@@ -104,21 +122,21 @@ def over_bytes(document: Document, name: str) -> dict[str, list[tuple[float, flo
 def kv_share(row: Row) -> float | None:
     """Bytes of K and V, as a share of the full f16 cache of the prompt; None: not told.
 
-    Rows tell the share, or the cells that stay of the prompt's.
+    Rows of methods at equal bytes tell them; of others, the cells that stay of the prompt's.
     """
     if row["method"] == "full":
         return 1.0
-    if row.get("kv_bytes") and row.get("kv_bytes_full") and row.get("share") is not None:
+    if row.get("share") is not None or "size" in row:
         return row["kv_bytes"] / row["kv_bytes_full"]
-    if row.get("share") is not None:
-        return row["share"]
     if row.get("budget") and row.get("n_prompt"):
         return min(1.0, row["budget"] / row["n_prompt"])
     return None
 
 
 def _size(row: Row) -> Any:
-    return row["share"] if row.get("share") is not None else row.get("budget")
+    """What was asked for: a share of the bytes, or tokens."""
+    share = row.get("share")
+    return row.get("size") or (row.get("budget") if share is None else share_text(share))
 
 
 def needle_grids(document: Document) -> dict[str, dict[tuple[int, float], float]]:
@@ -128,17 +146,13 @@ def needle_grids(document: Document) -> dict[str, dict[tuple[int, float], float]
         if row["task"] != "needles" or row.get("depth") is None:
             continue
         length = row.get("length") or document["settings"].get("length") or row["n_prompt"]
-        size = "" if row["method"] == "full" else f" {_size_text(row)}"
+        size = "" if row["method"] == "full" else f" {_size(row)}"
         cell = grids.setdefault(f"{row['method']}{size}", {})
         cell.setdefault((length, row["depth"]), []).append(row["score"])
     return {
         name: {at: statistics.fmean(scores) for at, scores in grid.items()}
         for name, grid in grids.items()
     }
-
-
-def _size_text(row: Row) -> str:
-    return share_text(row["share"]) if row.get("share") is not None else str(row["budget"])
 
 
 def sweep_pictures(document: Document, stem: Path) -> list[Path]:
@@ -203,22 +217,23 @@ def _draw_lines(
     """A line for each name; x is a power of two."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for name, points in lines.items():
-        if log_y:
-            points = [(x, y) for x, y in points if y > 0]  # the full cache's own is 0
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
+    for i, (name, points) in enumerate(lines.items()):
+        # matplotlib has ten colours
+        marker, style = MARKERS[i // 10 % len(MARKERS)]
+        axes.plot(*zip(*sorted(points), strict=True), marker + style, markersize=4, label=name)
     axes.set_xscale("log", base=2)
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    if min(ticks) >= 1 and len(ticks) <= 8 and max(ticks) > 1:
-        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axes.xaxis.set_major_formatter(lambda x, _: share_text(x) if x < 1 else f"{x:,.0f}")
     if log_y:
         axes.set_yscale("log")
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set(title=labels.title, xlabel=labels.x, ylabel=labels.y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if len(lines) > 8:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.set_figwidth(WIDTH + 2)
+    else:
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
@@ -227,7 +242,7 @@ def _draw_lines(
 def _draw_grids(grids: dict[str, dict[tuple[int, float], float]], path: Path) -> Path:
     """A map for each name: length across, depth down, green found, red lost."""
     plt = pyplot()
-    columns = min(3, len(grids))
+    columns = min(6, math.ceil(len(grids) ** 0.5))
     n_rows = -(-len(grids) // columns)
     figure, axes = plt.subplots(
         n_rows, columns, figsize=(3.2 * columns, 2.8 * n_rows), layout="constrained", squeeze=False
@@ -254,6 +269,7 @@ def _some(n: int, most: int) -> Sequence[int]:
     return range(0, n, max(1, -(-n // most)))
 
 
+COMPARED = ("quality", "peers")
 PICTURES: dict[str, Callable[[Document, Path], list[Path]]] = {
     "quality": quality_pictures,
     "peers": quality_pictures,

@@ -31,7 +31,7 @@ from laq_gguf.bench.options import (
     llama_options,
     settings,
 )
-from laq_gguf.bench.prompts import chat_renderer
+from laq_gguf.bench.prompts import chat_renderer, open_tokenizer
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.config import LaqConfig
 
@@ -41,6 +41,9 @@ NOTES = [
     "agreement need not rise with every step of the budget: bisection finds a budget that keeps "
     "the target and a smaller one, --step tokens below, that does not",
 ]
+
+
+Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -80,28 +83,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--target is above 0 and at most 1, got {args.target}")
     if min(args.step, args.pieces, args.n_compare, args.length) < 1:
         raise ValueError("--step, --pieces, --n-compare and --length are at least 1")
+    config = LaqConfig(kv_policy=args.policy, lookahead="pseudo", **eviction_options(args))
     text = read_text(args.text)
     document = provenance("tune", args.model, {**settings(args), "text": args.text.name})
     document.update(notes=NOTES, results=[])
     rows = document["results"]
 
-    pieces, full, n_ctx = _full(args, text)
+    with closing(open_tokenizer(str(args.model))) as vocabulary:
+        pieces = make_pieces(vocabulary, text, args)
     n_prompt = max(len(piece.tokens) for piece in pieces)
     document["n_prompts"] = [len(piece.tokens) for piece in pieces]
+    n_ctx = -(-(n_prompt + args.n_compare + args.lookahead_size) // 256) * 256
 
     def measure(budget: int) -> bool:
-        with closing(_open(args, n_ctx, budget)) as decoder:
-            row = _compare(decoder, pieces, full, budget)
-        rows.append(row)
+        row = compare(full, caches.led(budget), budget)
+        rows.append({**row, **caches.sizes})
         if args.out:
             write_json(args.out, document)
         print(f"kv_budget {budget}: top-1 {row['top1_agreement']:.3f}, KL {row['kl']:.4f}",
               file=sys.stderr)  # fmt: skip
         return row["top1_agreement"] >= args.target
 
-    config = LaqConfig(kv_policy=args.policy, lookahead="pseudo", **eviction_options(args))
-    low = max(config.n_pinned(), args.step)
-    document["kv_budget"] = smallest(measure, low, n_prompt, args.step)
+    with closing(Whole(args, pieces, n_ctx)) as whole:
+        full = whole.full()
+        caches = Chunked(args, pieces, n_ctx, whole.paths) if args.kv_staging else whole
+        low = max(config.n_pinned(), args.step)
+        document["kv_budget"] = smallest(measure, low, n_prompt, args.step)
     if args.out:
         write_json(args.out, document)
     print(tune_table(document))
@@ -143,27 +150,6 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path.name} is not a text in UTF-8: {error.reason}") from error
 
 
-def _full(
-    args: argparse.Namespace, text: str
-) -> tuple[list[Piece], list[tuple[list[int], npt.NDArray[np.float32]]], int]:
-    """The pieces, the full cache's path and logits on each, and the context they need."""
-    # the chat template and the question take tokens beside the text
-    extra = 512 + 4 * len(args.prompt or "")
-    n_ctx = -(-(args.length + args.n_compare + args.lookahead_size + extra) // 256) * 256
-    with closing(Decoder("laq_gguf", str(args.model), llama_options(args, n_ctx))) as decoder:
-        pieces = make_pieces(decoder, text, args)
-        full = []
-        for piece in pieces:
-            decoder.prefill(piece.tokens)
-            first = decoder.logits().copy()
-            if piece.path is None:
-                path, rows = freely(decoder, first, args.n_compare)
-                full.append((path, np.stack(rows)))
-            else:
-                full.append((piece.path, led(decoder, first, piece.path)))
-    return pieces, full, n_ctx
-
-
 def make_pieces(decoder: Decoder, text: str, args: argparse.Namespace) -> list[Piece]:
     """Pieces of the text, spread over it, as prompts.
 
@@ -195,36 +181,117 @@ def make_pieces(decoder: Decoder, text: str, args: argparse.Namespace) -> list[P
     return pieces
 
 
-def _open(args: argparse.Namespace, n_ctx: int, budget: int) -> Decoder:
-    options = {
-        **llama_options(args, n_ctx),
-        **eviction_options(args),
-        "kv_budget": budget,
-        "kv_staging": args.kv_staging or n_ctx,
-        "kv_policy": args.policy,
-        "lookahead": "pseudo",
-    }
-    return Decoder("laq_gguf", str(args.model), options)
+class Whole:
+    """A cache that holds every piece whole: each is read once, and evicted to every budget.
+
+    Attributes:
+        paths: what both caches are led along, of each piece; known after `full`.
+        sizes: what the cache held after the last piece.
+    """
+
+    def __init__(self, args: argparse.Namespace, pieces: list[Piece], n_ctx: int) -> None:
+        """Load the model and read the pieces, but for their last tokens: a state has no logits."""
+        self._args, self._pieces, self._n_ctx = args, pieces, n_ctx
+        # a policy that scores: what the others need is allocated
+        options = {**_options(args, n_ctx), "kv_policy": "laq++", "kv_budget": n_ctx}
+        self._decoder = Decoder("laq_gguf", str(args.model), options)
+        self._decoder.llm.set_eviction(n_ctx, kv_policy="full")
+        self._states = []
+        for i, piece in enumerate(pieces):
+            print(f"reading piece {i + 1}/{len(pieces)}", file=sys.stderr)
+            self._decoder.prefill(piece.tokens[:-1])
+            self._states.append(self._decoder.save())
+        self.paths: list[list[int]] = []
+        self.sizes: dict[str, int] = {}
+
+    def full(self) -> list[Logits]:
+        """The full cache's logits along each path, (n, n_vocab)."""
+        result = []
+        for i, piece in enumerate(self._pieces):
+            first = self._start(i, self._n_ctx, "full")
+            if piece.path is None:
+                path, rows = freely(self._decoder, first, self._args.n_compare)
+                result.append(np.stack(rows))
+            else:
+                path = piece.path
+                result.append(led(self._decoder, first, path))
+            self.paths.append(path)
+        return result
+
+    def led(self, budget: int) -> list[Logits]:
+        """An evicted cache's logits along each path, (n, n_vocab)."""
+        result = []
+        for i, path in enumerate(self.paths):
+            first = self._start(i, budget, self._args.policy)
+            self.sizes = _sizes(self._decoder, budget)
+            result.append(led(self._decoder, first, path))
+        return result
+
+    def _start(self, i: int, budget: int, policy: str) -> Logits:
+        """Bring the cache to the end of a piece and evict it; the logits of the next token."""
+        decoder = self._decoder
+        decoder.load(self._states[i])
+        decoder.llm.set_eviction(budget, kv_policy=policy)
+        decoder.step(self._pieces[i].tokens[-1])
+        first = decoder.logits().copy()
+        decoder.llm._laq.prompt_end()
+        return first
+
+    def close(self) -> None:
+        """Free the model."""
+        self._decoder.close()
 
 
-def _compare(decoder: Decoder, pieces: list[Piece], full: list[Any], budget: int) -> dict[str, Any]:
-    """How near an evicted cache stays to the full one, over all pieces."""
-    agreement, kl = [], []
-    for piece, (path, logits) in zip(pieces, full, strict=True):
-        decoder.prefill(piece.tokens)
-        own = led(decoder, decoder.logits().copy(), path)
-        # the first token is chosen before anything is evicted
-        skip = 1 if len(path) > 1 else 0
-        agreement += [top1_agreement(logits[i : i + 1], own[i : i + 1])
-                      for i in range(skip, len(path))]  # fmt: skip
-        kl += kl_divergence(logits[skip:], own[skip:]).tolist()
+class Chunked:
+    """A cache of budget and --kv-staging cells, made for each budget, which reads in chunks."""
+
+    def __init__(
+        self, args: argparse.Namespace, pieces: list[Piece], n_ctx: int, paths: list[list[int]]
+    ) -> None:
+        self._args, self._pieces, self._n_ctx, self._paths = args, pieces, n_ctx, paths
+        self.sizes: dict[str, int] = {}
+
+    def led(self, budget: int) -> list[Logits]:
+        """Its logits along each path, (n, n_vocab)."""
+        options = {
+            **_options(self._args, self._n_ctx),
+            "kv_policy": self._args.policy,
+            "kv_budget": budget,
+            "kv_staging": self._args.kv_staging,
+        }
+        result = []
+        with closing(Decoder("laq_gguf", str(self._args.model), options)) as decoder:
+            for piece, path in zip(self._pieces, self._paths, strict=True):
+                decoder.prefill(piece.tokens)
+                result.append(led(decoder, decoder.logits().copy(), path))
+            self.sizes = _sizes(decoder, budget)
+        return result
+
+
+def _options(args: argparse.Namespace, n_ctx: int) -> dict[str, Any]:
+    return {**llama_options(args, n_ctx), **eviction_options(args), "lookahead": "pseudo"}
+
+
+def _sizes(decoder: Decoder, budget: int) -> dict[str, int]:
+    """Bytes of K and V of the budget's cells, and of all that were allocated."""
     stats = decoder.stats()
     assert stats is not None
-    held = ("n_cells", "kv_bytes", "kv_bytes_full", "n_evictions")
+    per_cell = stats["kv_bytes"] // stats["n_cells"]
+    return {"kv_bytes": per_cell * budget, "kv_bytes_allocated": stats["kv_bytes"],
+            "n_resident": stats["n_resident"]}  # fmt: skip
+
+
+def compare(full: list[Logits], own: list[Logits], budget: int) -> dict[str, Any]:
+    """How near an evicted cache stays to the full one, over the tokens of all pieces.
+
+    The first token of a piece is left out: it is chosen before anything is evicted.
+    """
+    pairs = [(f[1:], o[1:]) if len(f) > 1 else (f, o) for f, o in zip(full, own, strict=True)]
+    every_full, every_own = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+    kl = kl_divergence(every_full, every_own)
     return {
         "budget": budget,
-        "top1_agreement": float(np.mean(agreement)),
-        "kl": float(np.mean(kl)),
+        "top1_agreement": top1_agreement(every_full, every_own),
+        "kl": float(kl.mean()),
         "n_compared": len(kl),
-        **{name: stats[name] for name in held},
     }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def row(method: str, size: dict, score: float, **extra: object) -> dict:
+def row(method: str, size: dict, score: float | None, **extra: object) -> dict:
     return {
         "task": "needles", "id": "0", "method": method, "score": score, "kl": 0.5, "depth": 0.25,
         "length": 1000, "n_prompt": 1000, "top1_agreement": 0.5, **size, **extra,
@@ -37,6 +37,23 @@ QUALITY = document(
         row("laq++", {"budget": 125}, 0.0, kl=0.3, depth=0.75),
         row("laq++", {"budget": 250}, 1.0, kl=0.05),
         row("other", {"share": 0.25, "kv_bytes": 24, "kv_bytes_full": 100}, 0.5),
+        row("new", {"share": None, "size": "64", "kv_bytes": 8, "kv_bytes_full": 100}, 0.5),
+        # nothing is answered
+        row(
+            "new",
+            {"share": None, "size": "64", "kv_bytes": 8, "kv_bytes_full": 100},
+            None,
+            task="perplexity",
+            kl=1.5,
+        ),
+    ],
+)
+
+PEERS = document(
+    "peers",
+    [
+        row("full", {"share": 1.0, "kv_bytes": 100, "kv_bytes_full": 100}, 1.0, kl=0.002),
+        row("kvpress-tova", {"share": 0.25, "kv_bytes": 24, "kv_bytes_full": 100}, 0.5),
     ],
 )
 
@@ -46,12 +63,14 @@ def test_means_over_bytes() -> None:
     assert lines["laq++"] == [(0.125, pytest.approx(0.2)), (0.25, 0.05)]
     # what was allocated, not what was asked for
     assert lines["other"] == [(0.24, 0.5)] and lines["full"] == [(1.0, 0.0)]
+    assert lines["new"] == [(0.08, 1.0)]
+    assert pictures.over_bytes(QUALITY, "score")["new"] == [(0.08, 0.5)]
     assert pictures.kv_share({"method": "laq++"}) is None
 
 
 def test_needles_by_length_and_depth() -> None:
     grids = pictures.needle_grids(QUALITY)
-    assert list(grids) == ["full", "laq++ 125", "laq++ 250", "other 1/4"]
+    assert list(grids) == ["full", "laq++ 125", "laq++ 250", "other 1/4", "new 64"]
     assert grids["laq++ 125"] == {(1000, 0.25): 1.0, (1000, 0.75): 0.0}
 
 
@@ -91,6 +110,7 @@ def test_pictures_of_every_kind(bench, tmp_path: Path) -> None:
     )
     files = [
         written(tmp_path, "q.json", QUALITY),
+        written(tmp_path, "p.json", PEERS),
         written(tmp_path, "s.json", sweep),
         written(tmp_path, "m.json", curve),
         written(tmp_path, "k.json", kept_document()),
@@ -102,11 +122,13 @@ def test_pictures_of_every_kind(bench, tmp_path: Path) -> None:
     made = [Path(line) for line in done.stdout.splitlines()]
     assert [path.name for path in made] == [
         "q-score-over-bytes.png", "q-kl-over-bytes.png", "q-needles.png",
+        "p-score-over-bytes.png", "p-kl-over-bytes.png", "p-needles.png",
         "s-decode-over-context.png", "s-first-token-over-context.png",
         "m-kv-over-context.png", "m-peak-over-context.png",
         "k.html",
         "quality-smollm2-2k-score-over-bytes.png", "quality-smollm2-2k-kl-over-bytes.png",
         "quality-smollm2-2k-needles.png",
+        "compared-score-over-bytes.png", "compared-kl-over-bytes.png",
     ]  # fmt: skip
     for path in made:
         if path.suffix == ".png":
