@@ -8,7 +8,7 @@ a cell of the method's own type, read back from a cache that was allocated.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -46,6 +46,15 @@ class Method:
         """Its settings of the eviction."""
         return LaqConfig(**self.options)
 
+    @property
+    def least(self) -> int:
+        """The smallest budget: tokens that are always kept, also by the draft."""
+        config = self.config
+        least = config.n_pinned()
+        if config.draft == "snapkv":
+            least = max(least, replace(config, kv_policy="snapkv").n_pinned())
+        return least
+
 
 PSEUDO = {"lookahead": "pseudo"}
 METHODS: dict[str, Method] = {
@@ -53,8 +62,8 @@ METHODS: dict[str, Method] = {
     "streaming": Method({"kv_policy": "streaming"}),
     "random": Method({"kv_policy": "random"}),
     "snapkv": Method({"kv_policy": "snapkv"}),
-    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut
-    "laq": Method({"kv_policy": "laq", "draft": "snapkv", **PSEUDO}),
+    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut; it follows no copies
+    "laq": Method({"kv_policy": "laq", "draft": "snapkv", "follow_size": 0, **PSEUDO}),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
     # queries of placeholders that know only where they stand: is generating worth it
     "position": Method({"kv_policy": "laq++", "lookahead": "position"}),

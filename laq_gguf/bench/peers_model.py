@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,15 @@ class PeerModel:
         """
         torch.set_num_threads(n_threads)
         logging.disable_progress_bar()
+        # it says at every prompt that KVzip takes several passes
+        getLogger("kvpress").setLevel(ERROR)
         where = {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, attn_implementation="sdpa"
-            ).eval()
+            # the bar of the dequantization cannot be turned off otherwise
+            with redirect_stderr(StringIO()):
+                self.model = AutoModelForCausalLM.from_pretrained(
+                    **where, dtype=torch.float32, attn_implementation="sdpa"
+                ).eval()
         except (KeyError, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"transformers cannot load {model.name}: {error}") from error
         if not isinstance(self.model, kvpress.SUPPORTED_MODELS):
@@ -97,6 +103,9 @@ class PeerModel:
         Args:
             presses: by the names that they have in the result.
             shares: of the cells that stay.
+
+        Raises:
+            ValueError: a prompt that a press refuses.
         """
         cache, input_ids = DynamicCache(), torch.tensor([list(tokens)])
         zips = {name: press for name, press in presses.items() if press.name == KVZIP}
@@ -111,9 +120,12 @@ class PeerModel:
             layer = cache.layers[module.layer_idx]
             for (name, share), cells in kept.items():
                 scorers[name].compression_ratio = 1 - share
-                keys, values = scorers[name].compress(
-                    module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs
-                )
+                try:
+                    keys, values = scorers[name].compress(
+                        module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs
+                    )
+                except AssertionError as error:  # how kvpress refuses
+                    raise ValueError(f"{name}, {len(tokens)} tokens: {error}") from error
                 cells.append(LayerCells(keys[0], values[0]))
 
         for press in scorers.values():

@@ -9,6 +9,7 @@ Needs the extra `bench` (matplotlib), but for the page.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,7 +242,7 @@ def _draw_lines(
 def _draw_grids(grids: dict[str, dict[tuple[int, float], float]], path: Path) -> Path:
     """A map for each name: length across, depth down, green found, red lost."""
     plt = pyplot()
-    columns = min(3, len(grids))
+    columns = min(6, math.ceil(len(grids) ** 0.5))
     n_rows = -(-len(grids) // columns)
     figure, axes = plt.subplots(
         n_rows, columns, figsize=(3.2 * columns, 2.8 * n_rows), layout="constrained", squeeze=False

@@ -56,7 +56,8 @@ def read(path: Path) -> Document:
 def provenance_lines(document: Document) -> str:
     """What was measured, on what: a few lines that stand below a table."""
     model = document["model"]
-    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items() if v)
+    packages = {**document["versions"], **document.get("peers", {})}
+    versions = ", ".join(f"{k} {v}" for k, v in packages.items() if v)
     lines = [
         f"`{document['command']}`",
         f"{model['file']} (sha256 {model['sha256'][:12]}), commit {document['commit']}, "

@@ -161,6 +161,11 @@ def test_sizes_are_those_of_the_cells_that_are_held(tiny) -> None:
         assert size == {"budget": 25, "kv_bytes": 25 * 1024, "kv_bytes_full": 100 * 1024}, key
 
 
+def test_a_prompt_that_a_press_refuses_is_an_error_that_names_it(tiny) -> None:
+    with pytest.raises(ValueError, match=r"snapkv, 50 tokens: .*window size 64"):
+        tiny.read(TOKENS[:50], {"snapkv": peers.Press("SnapKVPress")}, [0.5])
+
+
 def test_a_free_answer_is_that_of_each_cache_alone(tiny) -> None:
     presses = {"tova": peers.Press("TOVAPress"), "keydiff": peers.Press("KeyDiffPress")}
     reading = tiny.read(TOKENS, presses, [0.5, 0.1])
@@ -176,19 +181,28 @@ def test_a_free_answer_is_that_of_each_cache_alone(tiny) -> None:
         assert after == before[:n]
 
 
-@pytest.mark.model
-@pytest.mark.slow
-def test_peers(bench, tiny, model: Path, tmp_path: Path) -> None:
+def test_peers(bench, tiny, tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "peers.json"
     command = (
-        "peers", "--model", model, "--tasks", "needles", "--n-needles", 1, "--length", 400,
-        "--methods", "kvpress-tova", "--shares", "1/2", "--threads", 1, "--out", out,
+        "peers", "--model", tiny_gguf("llama"), "--tasks", "needles", "--n-needles", 1,
+        "--length", 1800, "--methods", "kvpress-tova,kvpress-kvzip", "--shares", "1/2",
+        "--threads", 1, "--references", tmp_path / "references", "--out", out,
     )  # fmt: skip
     done = bench(*command)
     assert done.returncode == 0, done.stderr
-    full, tova = json.loads(out.read_text(encoding="utf-8"))["results"]
-    assert (full["method"], full["share"], full["score"]) == ("full", 1.0, 1.0)
-    assert 0 < full["kl"] < 0.05 and full["top1_agreement"] > 0.8
-    assert tova["kv_bytes"] / tova["kv_bytes_full"] == pytest.approx(0.5, abs=0.01)
+    document = json.loads(out.read_text(encoding="utf-8"))
+    full, tova, kvzip = document["results"]
+    assert (full["method"], full["share"], full["length"]) == ("full", 1.0, 1800)
+    # weights in f32 in both: what is left is arithmetic, and the cache in f16
+    assert full["kl"] < 1e-4 and full["top1_agreement"] > 0.9
+    for row in (tova, kvzip):
+        assert row["kv_bytes"] / row["kv_bytes_full"] == pytest.approx(0.5, abs=0.01)
+        assert row["n_compared"] == full["n_compared"] and row["kl"] > 0
+    assert document["peers"].keys() == set(peers.PACKAGES)
+    # what is there is not measured again
     again = bench(*command)
     assert again.returncode == 0 and again.stdout == done.stdout, again.stderr
+    assert json.loads(out.read_text(encoding="utf-8"))["results"] == document["results"]
+    rendered = bench("report", out)
+    assert rendered.returncode == 0 and done.stdout.strip() in rendered.stdout
+    assert f"kvpress {document['peers']['kvpress']}" in rendered.stdout
