@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import Any
@@ -141,12 +142,17 @@ class StateMixin:
             "lookahead_size": self.laq_config.lookahead_size,
         }
 
-    def save_session(self: Any, path: str | os.PathLike[str]) -> None:
+    def save_session(self: Any, path: str | os.PathLike[str], *, archive: bool = True) -> None:
         """Write the conversation to a file: tokens, cells and the tables of its evictions.
 
         The file holds no logits: the last token is decoded again when the conversation goes on.
         It carries a fingerprint of the model, the versions and a checksum, and takes the place of
         an older file only when it is complete.
+
+        Args:
+            path: the file.
+            archive: with kv_recall: whether the file carries what left the cells. Without it, that
+                is lost to the conversation that goes on from the file, and kv_stats() counts it.
 
         Raises:
             LaqStateError: the model was made without kv_budget, or the file cannot be written.
@@ -160,8 +166,11 @@ class StateMixin:
             "kv_budget": self.kv_budget,
             "kv_policy": self.laq_config.kv_policy,
             "pinned_prefix": self._pinned_prefix,
+            "archive": archive and self.recall_config.kv_recall is not None,
         }
-        session.write_session(path, header, self._input_ids.astype(np.int32), self._sequence())
+        with contextlib.nullcontext() if archive else self._laq.without_archive():
+            state = self._sequence()
+        session.write_session(path, header, self._input_ids.astype(np.int32), state)
 
     def load_session(self: Any, path: str | os.PathLike[str]) -> None:
         """Go on with the conversation of a file from `save_session`.
