@@ -225,7 +225,8 @@ class KVCache(Cells):
             ValueError: more cells are pinned than the budget holds. The cache is as before.
         """
         if self.n_over:
-            self.evict(self.params.budget, recall=self.recalls("always"))
+            recall = self.recalls("turn" if self.pending else "always")
+            self.evict(self.params.budget, recall)
 
     def evict(self, n_keep: int, recall: bool = False) -> None:
         """As `overflow`, down to n_keep cells in place of the budget.

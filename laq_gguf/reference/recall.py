@@ -7,6 +7,7 @@ keys, since attention is a softmax over all of them, and every head holds the be
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,7 @@ class RecallCache(KVCache):
         others: of KVCache.
     Attributes:
         n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
+        n_lost: rows that a snapshot did not carry.
     """
 
     def __init__(self, params: PolicyParams, *, recall: str | None = None, **others: Any) -> None:
@@ -79,7 +81,7 @@ class RecallCache(KVCache):
         if recall is not None and not params.needs_queries:
             raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
         self.recall_when = recall
-        self.n_recalls = self.n_recalls_skipped = 0
+        self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
         super().__init__(params, **others)
 
     def clear(self) -> None:
@@ -87,13 +89,27 @@ class RecallCache(KVCache):
         self.archive = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
 
     def snapshot(self, archive: bool = True) -> dict[str, Any]:
-        """archive: whether the copy has it; one that has not gives an empty one back."""
+        """archive: whether the copy has it; what one has not is lost where it is restored."""
+        state = super().snapshot()
+        if archive and self.recall_when is not None:
+            state["archive"] = copy.deepcopy(self.archive)
+        return state
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
         empty = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
-        kept = self.archive if archive else empty
-        return {
-            **super().snapshot(),
-            "archive": replace(kept, k=kept.k.copy(), v=kept.v.copy()),
-        }
+        super().restore({"archive": empty, **snapshot})
+        if self.recall_when is not None and "archive" not in snapshot:
+            n_held = int((self.layers[0].positions[0] < self.n_intact).sum())
+            self.n_lost += (self.n_intact - n_held) * self.n_layer * self.n_head_kv
+
+    def draft(self) -> KVCache:
+        drafted = super().draft if self.recall_when is None else self._without_archive().draft
+        return drafted()
+
+    def _without_archive(self) -> RecallCache:
+        other = copy.deepcopy(self)
+        other.recall_when = None
+        return other
 
     def recalls(self, when: str) -> bool:
         return (

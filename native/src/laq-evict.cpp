@@ -211,7 +211,7 @@ bool laq_cache::can_make_room() const {
 void laq_cache::make_room() {
     for (uint32_t s = 0; s < seqs.size() && n_cells() - n_used() < n_wanted; ++s) {
         if (n_resident(s) > params.n_kv_budget) {
-            evict_to(s, params.n_kv_budget, recalls(s, LAQ_RECALL_ALWAYS));
+            evict_to(s, params.n_kv_budget, recalls(s, seqs[s].pending ? LAQ_RECALL_TURN : LAQ_RECALL_ALWAYS));
         }
     }
 }

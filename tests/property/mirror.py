@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
-from laq_gguf.reference import KVCache, PolicyParams, Tokens
+from laq_gguf.reference import PolicyParams, RecallCache, Tokens
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
 from tolerances import assert_equal, assert_nmse
@@ -25,6 +27,11 @@ from tolerances import assert_equal, assert_nmse
 EOS = 2  # of the tiny models
 FloatArray = npt.NDArray[np.float32]
 
+#: counters that the model has as well
+COUNTED = (
+    "n_tokens", "n_resident", "n_intact", "pending", "n_evictions",
+    "n_recalls", "n_recalls_skipped", "n_lost",
+)  # fmt: skip
 #: counters that stay what they were when the context was made
 CONSTANT = ("n_cells", "n_ctx", "kv_bytes", "kv_bytes_full", "ring_bytes", "compute_bytes")
 
@@ -37,18 +44,20 @@ def n_always(params: PolicyParams) -> int:
     return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)
 
 
-class NativeCache(KVCache):
+class NativeCache(RecallCache):
     """The reference's cache with what native has less: it keeps the queries of few tokens.
 
     Attributes:
         given: native's scores of the eviction that comes, (n_head_kv, n_kv) a layer; [] = native
             has not evicted; None = the model's own are used.
         tolerance: NMSE of them; None = not compared.
+        skips: native has found that a re-selection would hardly change anything.
         made: the tokens of the last `append`.
     """
 
     def __init__(self, params: PolicyParams, n_ring: int | None, **settings: Any) -> None:
-        """n_ring: queries kept; None = all. The others are those of KVCache."""
+        """n_ring: queries kept; None = all. The others are those of RecallCache."""
+        self.skips = False
         self.n_ring, self.n_evictions = n_ring, 0
         self.given: list[FloatArray] | None = []
         self.tolerance: float | None = None
@@ -57,7 +66,7 @@ class NativeCache(KVCache):
     def fork(self) -> NativeCache:
         """A copy that takes any number of tokens."""
         fork = copy.deepcopy(self)
-        fork.n_cells, fork.n_ring, fork.pending = None, None, False
+        fork.n_cells, fork.n_ring, fork.pending, fork.recall_when = None, None, False, None
         return fork
 
     def append(self, tokens: Tokens) -> None:
@@ -79,10 +88,10 @@ class NativeCache(KVCache):
             self._keep_queries(self.query_positions < p0)
         return done
 
-    def evict(self, n_keep: int) -> None:
+    def evict(self, n_keep: int, recall: bool = False) -> None:
         if n_keep < n_always(self.params):
             raise ValueError(f"{n_always(self.params)} tokens are always kept, not {n_keep}")
-        super().evict(n_keep)
+        super().evict(n_keep, recall)
 
     def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
         before, n_ring = (self.query_positions, self.queries), self.n_ring
@@ -100,8 +109,23 @@ class NativeCache(KVCache):
             newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
             self._keep_queries(np.isin(self.query_positions, list(newest.values())))
 
+    def _reselect(self, *eviction: Any) -> bool:
+        if self.skips:
+            self.n_recalls_skipped += 1
+            return False
+        return super()._reselect(*eviction)
+
+    def _is_new(self, *selected: Any) -> bool:
+        super()._is_new(*selected)  # near the threshold native may say otherwise
+        return True
+
+    def _score_candidates(self, il: int, *candidates: Any) -> FloatArray:
+        return self._given(il, super()._score_candidates(il, *candidates))
+
     def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        own = super()._score_layer(il, used)
+        return self._given(il, super()._score_layer(il, used))
+
+    def _given(self, il: int, own: FloatArray) -> FloatArray:
         if self.given is None:
             return own
         assert self.given, "the model evicts and native has not"
@@ -121,7 +145,13 @@ class Mirror:
     """
 
     def __init__(
-        self, llm: Any, native: Any, path: Path, params: PolicyParams, tolerance: float | None
+        self,
+        llm: Any,
+        native: Any,
+        path: Path,
+        params: PolicyParams,
+        tolerance: float | None,
+        recall: str | None = None,
     ) -> None:
         """
         Args:
@@ -131,6 +161,8 @@ class Mirror:
             params: the same settings for the reference.
             tolerance: NMSE of keys, queries, logits and scores; None: K is stored in blocks, which
                 the model in numpy knows nothing of, and only compared with itself.
+            recall: when the Llama chooses again from its archive, in the cache's own type and by
+                one round; None: it has none.
         """
         self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
         self.inspector, self.eos = Inspector(llm, native), EOS
@@ -139,8 +171,11 @@ class Mirror:
             max(params.window_size, params.snapkv_window) + params.lookahead_size,
             n_cells=llm.kv_stats().n_cells,
             n_batch=llm.n_batch,
+            recall=recall,
             **self.model.shape,
         )
+        self.rows = Rows(llm, native)
+        self.tail: list[int] = []  # of the prompt that is being read
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.refused = 0, False
@@ -171,6 +206,7 @@ class Mirror:
         layers = range(self.cache.n_layer if scored else 0)
         self.cache.given = [self.inspector.scores(il) for il in layers]
         self.cache.tolerance = self.tolerance
+        self.cache.skips = self.after.n_recalls_skipped > self.before.n_recalls_skipped
         try:
             model(result)
         except ValueError as raised:
@@ -206,6 +242,8 @@ class Mirror:
         self._both(lambda: self._call["decode"](batch), model)
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
+        self.tail = tokens[-self.cache.params.window_size :].tolist()
+
         def model(n_chunk: int | None) -> None:
             cache, n_left = self.cache, len(tokens)
             if n_left == 0 or cache.n_tokens + n_left > self.first.n_ctx:
@@ -228,14 +266,21 @@ class Mirror:
 
     def prompt_end(self) -> None:
         cache, params = self.cache, self.cache.params
-        looks_ahead = params.needs_lookahead and params.lookahead == "pseudo" and cache.n_over > 0
+        looks_ahead = params.needs_lookahead and params.lookahead == "pseudo"
+        looks_ahead &= cache.n_over > 0 or cache.recalls("turn")
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
             cache.prompt_end(self._pseudo() if looks_ahead else None)
+            n = self.after.n_reread - self.before.n_reread
+            if n > 0:
+                assert cache.remove(cache.n_tokens - n)
+                self.logits = self.model.forward(self.tail[-n:], cache)
+                self.n_decoded += n
+                self._adopt(n)
 
         self._both(self._call["prompt_end"], model)
-        if logits is not None:
+        if logits is not None and self.after.n_reread == self.before.n_reread:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
 
     def flush(self) -> None:
@@ -246,6 +291,9 @@ class Mirror:
         self._both(
             lambda: self.llm._laq._call("laq_evict", n_keep), lambda _: self.cache.evict(n_keep)
         )
+
+    def recall(self) -> None:
+        self._both(self.llm.recall, lambda _: self.cache.recall())
 
     def set_pinned(self, spans: list[tuple[int, int]]) -> None:
         def model(_: Any) -> None:
@@ -339,12 +387,14 @@ class Mirror:
                 own = cache.queries[il][is_new]
                 assert_nmse(queries[is_new], own, self.tolerance, f"new queries of layer {il}")
             layer.k[:, -n_new:] = keys.swapaxes(0, 1)
+            for head in range(cache.n_head_kv):
+                layer.v[head, -n_new:] = self.rows.resident(il, head, True)[-n_new:]
             cache.queries[il][is_new] = queries[is_new]
 
     def check(self) -> None:
         """What native holds is what the model holds."""
         stats, cache = self.llm.kv_stats(), self.cache
-        for name in ("n_tokens", "n_resident", "n_intact", "pending", "n_evictions"):
+        for name in COUNTED:
             actual, expected = getattr(stats, name), getattr(cache, name)
             assert actual == expected, f"{name}: {actual}, the model's is {expected}"
         for name in CONSTANT:
@@ -360,3 +410,57 @@ class Mirror:
             assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
             own = np.ascontiguousarray(cache.queries[il])
             assert_equal(queries.view(np.uint32), own.view(np.uint32), f"queries of layer {il}")
+            for head in range(cache.n_head_kv):
+                values = self.rows.resident(il, head, True)
+                assert_equal(values, layer.v[head], f"values of layer {il}, head {head}")
+        self._check_archive(stats)
+
+    def _check_archive(self, stats: Any) -> None:
+        """Of what is archived, the first token, the last one and some between: byte for byte."""
+        archive = self.cache.archive
+        where = archive.positions
+        n_rows = self.cache.n_layer * self.cache.n_head_kv
+        assert stats.n_archived == len(where) * n_rows
+        for i in sorted({0, len(where) // 3, 2 * len(where) // 3, len(where) - 1}):
+            if not 0 <= i < len(where):
+                continue
+            for il, head in np.ndindex(self.cache.n_layer, self.cache.n_head_kv):
+                for is_v, rows in enumerate((archive.k, archive.v)):
+                    row = self.rows.archived(il, head, bool(is_v), int(where[i]))
+                    assert_equal(row, rows[il, head, i], f"archived position {where[i]}")
+
+
+class Rows:
+    """K and V as the cells and the archive store them, as float32."""
+
+    def __init__(self, llm: Any, native: Any) -> None:
+        self.llm, self.native, self.laq = llm, native, llm._laq._laq
+        type_k, type_v = int(llm.context_params.type_k), int(llm.context_params.type_v)
+        self.types = [GGMLQuantizationType(t) for t in (type_k, type_v)]
+        self.n_embd = Inspector(llm, native).layer(0).n_embd_head_k
+
+    def _values(self, raw: npt.NDArray[np.uint8], is_v: bool) -> FloatArray:
+        return dequantize(raw, self.types[is_v]).astype(np.float32)
+
+    def _row_bytes(self, is_v: bool) -> int:
+        n_values, n_bytes = GGML_QUANT_SIZES[self.types[is_v]]
+        return self.n_embd // n_values * n_bytes
+
+    def resident(self, il: int, head: int, is_v: bool) -> FloatArray:
+        """(n_resident, d), in order of position."""
+        raw = np.zeros((self.llm.kv_stats().n_resident, self._row_bytes(is_v)), np.uint8)
+        dst = self.native.ffi.from_buffer("uint8_t[]", raw, require_writable=True)
+        status = self.native.lib.laq_get_rows(self.laq, il, head, is_v, dst, raw.size)
+        self.native.check("laq_get_rows", status)
+        return self._values(raw, is_v)
+
+    def archived(self, il: int, head: int, is_v: bool, position: int) -> FloatArray:
+        """(d,) of a position that is archived."""
+        raw, held = np.zeros(self._row_bytes(is_v), np.uint8), self.native.ffi.new("bool *")
+        dst = self.native.ffi.from_buffer("uint8_t[]", raw, require_writable=True)
+        status = self.native.lib.laq_get_archived(
+            self.laq, il, head, is_v, position, dst, raw.size, held
+        )
+        self.native.check("laq_get_archived", status)
+        assert held[0], f"position {position} is not archived"
+        return self._values(raw, is_v)
