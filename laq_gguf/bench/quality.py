@@ -39,6 +39,7 @@ from laq_gguf.bench.tasks import TASKS, load_examples
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "laq++": {"kv_policy": "laq++"},
+    "laq++-recall": {"kv_policy": "laq++", "kv_recall": "ram"},
     "laq": {"kv_policy": "laq"},
     "snapkv": {"kv_policy": "snapkv"},
     "streaming": {"kv_policy": "streaming"},

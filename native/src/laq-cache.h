@@ -226,6 +226,9 @@ struct laq_cache {
     // down to n_keep with the queries of the last tokens
     void evict_to(int32_t seq_id, uint32_t n_keep, bool recall = false);
 
+    // down to the budget, since tokens that are generated find no cells
+    void overflow(int32_t seq_id);
+
     // Cells for n_wanted more tokens: sequences above the budget come down to it. false = there are none to be had
     bool can_make_room() const;
     void make_room();

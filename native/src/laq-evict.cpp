@@ -178,6 +178,12 @@ void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep, bool recall) {
     seqs[seq_id].pending.reset();
 }
 
+void laq_cache::overflow(int32_t seq_id) {
+    // an eviction that waits is the turn's own
+    const laq_recall_when when = seqs[seq_id].pending ? LAQ_RECALL_TURN : LAQ_RECALL_ALWAYS;
+    evict_to(seq_id, params.n_kv_budget, recalls(seq_id, when));
+}
+
 bool laq_cache::can_evict(int32_t seq_id) const {
     const auto & pending = seqs[seq_id].pending;
     return pending && n_tokens(seq_id) >= pending->n_prompt + (int32_t) params.n_lookahead;
@@ -211,7 +217,7 @@ bool laq_cache::can_make_room() const {
 void laq_cache::make_room() {
     for (uint32_t s = 0; s < seqs.size() && n_cells() - n_used() < n_wanted; ++s) {
         if (n_resident(s) > params.n_kv_budget) {
-            evict_to(s, params.n_kv_budget, recalls(s, seqs[s].pending ? LAQ_RECALL_TURN : LAQ_RECALL_ALWAYS));
+            overflow(s);
         }
     }
 }

@@ -128,7 +128,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
     laq_chunk chunk = plan();
     if (chunk.n_tokens == 0 && p.policy != LAQ_POLICY_FULL && laq.n_resident(seq_id) > p.n_kv_budget) {
         // no cells for a probe: as if the tokens had been generated
-        laq.run_update([&] { laq.evict_to(seq_id, p.n_kv_budget); });
+        laq.run_update([&] { laq.overflow(seq_id); });
         chunk = plan();
     }
     if (chunk.n_tokens == 0) {
