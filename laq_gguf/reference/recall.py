@@ -240,9 +240,7 @@ class RecallCache(KVCache):
         self.n_recalls += 1
         return True
 
-    def _is_new(
-        self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]
-    ) -> bool:
+    def _is_new(self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]) -> bool:
         """Whether enough of what is selected in the first layers is not resident."""
         first = list(zip(layers, kept, strict=True))[:RECALL_LAYERS]
         n_same = sum(int(np.take_along_axis(c.resident, k, axis=1).sum()) for c, k in first)

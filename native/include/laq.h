@@ -88,8 +88,8 @@ enum laq_score_kernel {
 
 // when tokens that left the cells are chosen from again
 enum laq_recall_when {
-    LAQ_RECALL_NEVER  = 0,  // by laq_recall() alone
-    LAQ_RECALL_TURN   = 1,  // once a prompt has been read: at its end, or with the first tokens of the answer (DEFERRED)
+    LAQ_RECALL_NEVER = 0,  // by laq_recall() alone
+    LAQ_RECALL_TURN  = 1,  // once a prompt has been read: at its end, or with the first tokens of the answer (DEFERRED)
     LAQ_RECALL_ALWAYS = 2,  // and whenever decoding finds no cells
 };
 
@@ -120,12 +120,12 @@ struct laq_params {
     uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept, of every sequence
     // The archive: K and V of every token before its cells are freed, outside of the device's memory.
-    int32_t                 archive;          // 1 = there is one
-    int32_t                 archive_type;     // enum ggml_type of its rows; -1 = as in the cache, byte for byte
-    uint64_t                archive_limit;    // bytes of it in host memory; the oldest tokens then go to a file
-    const char *            archive_folder;   // of that file; NULL = there is none, and the oldest tokens are lost
-    int32_t                 recall;           // enum laq_recall_when
-    uint32_t                n_recall_rounds;  // PSEUDO: times that tokens are decoded ahead and selected by
+    int32_t      archive;          // 1 = there is one
+    int32_t      archive_type;     // enum ggml_type of its rows; -1 = as in the cache, byte for byte
+    uint64_t     archive_limit;    // bytes of it in host memory; the oldest tokens then go to a file
+    const char * archive_folder;   // of that file; NULL = there is none, and the oldest tokens are lost
+    int32_t      recall;           // enum laq_recall_when
+    uint32_t     n_recall_rounds;  // PSEUDO: times that tokens are decoded ahead and selected by
 };
 
 struct laq_stats {
@@ -155,17 +155,17 @@ struct laq_stats {
     double   ms_compact;
     int32_t  compact_graph;  // 1 = K and V are moved by a graph on their device, 0 = by the host
     // the archive; a row is K and V of one token in one layer and KV head
-    uint64_t     archive_bytes;       // in host memory
-    uint64_t     archive_file_bytes;  // in the file
-    uint64_t     n_archived;          // rows that are archived now
-    uint64_t     n_recalled;          // rows that came back
-    uint64_t     n_lost;              // rows that could not be kept or read back
-    uint64_t     n_reread;            // tokens of a prompt that were decoded again after a re-selection
-    uint32_t     n_recalls;           // re-selections
-    uint32_t     n_recalls_skipped;   // where the selection would hardly have changed
-    double       ms_recall;           // re-selections, tokens decoded again included, pseudo tokens not
-    uint64_t     bytes_down;          // from the cells to the archive
-    uint64_t     bytes_up;
+    uint64_t archive_bytes;       // in host memory
+    uint64_t archive_file_bytes;  // in the file
+    uint64_t n_archived;          // rows that are archived now
+    uint64_t n_recalled;          // rows that came back
+    uint64_t n_lost;              // rows that could not be kept or read back
+    uint64_t n_reread;            // tokens of a prompt that were decoded again after a re-selection
+    uint32_t n_recalls;           // re-selections
+    uint32_t n_recalls_skipped;   // where the selection would hardly have changed
+    double   ms_recall;           // re-selections, tokens decoded again included, pseudo tokens not
+    uint64_t bytes_down;          // from the cells to the archive
+    uint64_t bytes_up;
     // texts, valid until laq_detach()
     const char * devices;         // that hold K and V, with blanks between them
     const char * score_reason;    // why that kernel scores; "" if nothing is scored

@@ -80,7 +80,7 @@ class laq_archive {
     std::vector<laq_archive_layer> layers;
     std::vector<size_t>            offsets;  // of each part in a block, and the end
     size_t                         n_bytes;
-    uint64_t                       n_rows      = 0;
+    uint64_t                       n_rows = 0;
     uint64_t                       limit;
     uint64_t                       n_in_memory = 0;  // blocks
     std::vector<block>             blocks;           // by position / N_BLOCK

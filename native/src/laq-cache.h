@@ -112,11 +112,11 @@ struct laq_scores {
 // what one eviction does
 struct laq_eviction {
     int32_t         seq_id;
-    uint32_t        n_keep;    // tokens per layer and KV head
-    laq_query_range queries;   // positions whose captured queries score
-    bool            scratch;   // they are in the scratch ring
-    int32_t         n_intact;  // positions from here on are kept whole
-    int32_t         n_end;     // tokens from here on are dropped
+    uint32_t        n_keep;          // tokens per layer and KV head
+    laq_query_range queries;         // positions whose captured queries score
+    bool            scratch;         // they are in the scratch ring
+    int32_t         n_intact;        // positions from here on are kept whole
+    int32_t         n_end;           // tokens from here on are dropped
     bool            recall = false;  // archived tokens may come back
 };
 

@@ -87,8 +87,8 @@ ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer) {
 
 void laq_set_threads(ggml_backend_t backend, int n_threads) {
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
-    if (auto * set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg,
-                                                                                      "ggml_backend_set_n_threads")) {
+    if (auto * set =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
         set(backend, n_threads);
     }
 }

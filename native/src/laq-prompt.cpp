@@ -164,8 +164,8 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
     const bool save_archive = std::exchange(laq.save_archive, false);  // it stays where it is
 
     std::vector<uint8_t> full(laq.ctx->state_seq_get_size(seq_id, 0));
-    const bool is_saved = laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) == full.size();
-    laq.save_archive    = save_archive;
+    const bool           is_saved = laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) == full.size();
+    laq.save_archive              = save_archive;
     if (!is_saved) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "draft = snapkv: the full cache could not be set aside in host memory");
     }

@@ -124,8 +124,8 @@ static void archive_rows(laq_cache & laq, const std::vector<int32_t> & pos, cons
                 rows.resize(cells.size() * view.row_size());
                 view.get(h, cells, rows.data());
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    convert(type, rows.data() + i * view.row_size(), r.type[part],
-                            r.archive.row(pos[i], ikv, part, h), n);
+                    convert(type, rows.data() + i * view.row_size(), r.type[part], r.archive.row(pos[i], ikv, part, h),
+                            n);
                 }
                 laq.stats.bytes_down += view.n_transferred ? 0 : rows.size();
             }
@@ -206,7 +206,7 @@ struct reselection {
 
     laq_params           params;
     std::vector<int32_t> archived;
-    std::vector<float>   mask;      // [n_q][n_kv] of the head that `masked` are the positions of
+    std::vector<float>   mask;  // [n_q][n_kv] of the head that `masked` are the positions of
     std::vector<int32_t> masked;
     size_t               n_same = 0;  // of the rows selected in the first layers, those that are resident
     size_t               n_all  = 0;
@@ -228,14 +228,14 @@ struct reselection {
   private:
     uint32_t             n_kept() const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
-    void   gather(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const archive_part & keys,
-                  const laq_cell_rows & cells, std::vector<uint8_t> & dst) const;
-    void   set_mask(const std::vector<laq_row> & rows);
-    void   score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
-                 const std::vector<float> & queries, float * dst);
-    void   choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
-    bool   fetch(uint32_t ikv, const archive_part & keys);
-    result run_layer(uint32_t ikv);
+    void                 gather(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const archive_part & keys,
+                                const laq_cell_rows & cells, std::vector<uint8_t> & dst) const;
+    void                 set_mask(const std::vector<laq_row> & rows);
+    void      score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
+                    const std::vector<float> & queries, float * dst);
+    void      choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool      fetch(uint32_t ikv, const archive_part & keys);
+    result    run_layer(uint32_t ikv);
     ggml_type key_type(uint32_t ikv) const;
 };
 
@@ -519,7 +519,8 @@ void upload(laq_cache & laq, const std::vector<uint32_t> & dst, const reselectio
 
 }  // namespace
 
-bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own) {
+bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
+                         const std::vector<uint8_t> & own) {
     if (std::count(own.begin(), own.end(), 0) > 0) {
         LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
                        __func__);

@@ -80,7 +80,9 @@ class Setup:
             "seed": SEED,
             "verbose": False,
         }
-        return Llama(str(path), **{**settings, **self.rules, **self.context, **self.archive, **changes})
+        return Llama(
+            str(path), **{**settings, **self.rules, **self.context, **self.archive, **changes}
+        )
 
 
 NO_FA = {"flash_attn": False}
