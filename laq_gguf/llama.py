@@ -20,7 +20,6 @@ from .arguments import check_compatible, check_file, check_names  # noqa: E402
 from .chat import RENDERED, system_prefix  # noqa: E402
 from .config import (  # noqa: E402
     CONFIG_NAMES,
-    SCORED_POLICIES,
     LaqConfig,
     check_staging,
     parse_bytes,
@@ -35,7 +34,6 @@ from .errors import (  # noqa: E402
 from .gguf_meta import read_shape  # noqa: E402
 from .recall import RECALL_NAMES, RecallConfig  # noqa: E402
 from .state import StateMixin  # noqa: E402
-from .stats import KvStats  # noqa: E402
 
 
 class Llama(StateMixin, llama_cpp.Llama):
@@ -251,36 +249,6 @@ class Llama(StateMixin, llama_cpp.Llama):
         del spans, folder  # laq_attach has copied them
         # last in, first out: detached before llama_free, whoever closes the context
         self._ctx._exit_stack.callback(self._laq.close)
-
-    def _attached(self, call: str) -> Attachment:
-        if self._laq is None:
-            raise LaqStateError(f"{call} needs a model made with kv_budget=...")
-        return self._laq
-
-    def kv_stats(self) -> KvStats:
-        """Counters of the KV cache.
-
-        Raises:
-            LaqStateError: the model was made without kv_budget, or is closed.
-        """
-        return self._attached("kv_stats()").stats(self.laq_config.kv_policy in SCORED_POLICIES)
-
-    def kept_positions(self) -> npt.NDArray[np.int32]:
-        """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).
-
-        Raises:
-            LaqStateError: the model was made without kv_budget, or is closed.
-        """
-        return self._attached("kept_positions()").kept_positions()
-
-    def recall(self) -> None:
-        """Choose again from all tokens, archived and resident, by the last ones decoded.
-
-        Raises:
-            LaqStateError: the model was made without kv_budget, or is closed.
-            LaqNativeError: it was made without kv_recall.
-        """
-        self._attached("recall()").recall()
 
     def _check_room(self, n_tokens: int) -> None:
         if n_tokens <= self._n_ctx:

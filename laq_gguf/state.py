@@ -1,4 +1,5 @@
-"""Saving and restoring what a `Llama` has read: in memory as llama_cpp does it, and as a file."""
+"""What a `Llama` has read: looked at, saved and restored, in memory as llama_cpp does it and as a
+file."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import session
-from ._lib import SEQ_ID, load, native_errors
+from ._lib import SEQ_ID, Attachment, load, native_errors
 from ._version import __version__
+from .config import SCORED_POLICIES
 from .errors import LaqStateError
+from .stats import KvStats
 
 native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
@@ -22,7 +26,37 @@ SESSION_FORMAT = 1
 
 
 class StateMixin:
-    """save_state, load_state, save_session and load_session of `Llama`."""
+    """What `Llama` has of its cache: counters, recall, save_state, load_state and sessions."""
+
+    def _attached(self: Any, call: str) -> Attachment:
+        if self._laq is None:
+            raise LaqStateError(f"{call} needs a model made with kv_budget=...")
+        return self._laq
+
+    def kv_stats(self: Any) -> KvStats:
+        """Counters of the KV cache.
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+        """
+        return self._attached("kv_stats()").stats(self.laq_config.kv_policy in SCORED_POLICIES)
+
+    def kept_positions(self: Any) -> npt.NDArray[np.int32]:
+        """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+        """
+        return self._attached("kept_positions()").kept_positions()
+
+    def recall(self: Any) -> None:
+        """Choose again from all tokens, archived and resident, by the last ones decoded.
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+            LaqNativeError: it was made without kv_recall.
+        """
+        self._attached("recall()").recall()
 
     def _sequence(self: Any) -> bytes:
         """Cells of the conversation, with the tables of its evictions and its last queries.

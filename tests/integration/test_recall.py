@@ -1,4 +1,4 @@
-"""Recall: what left the cells comes back; what cannot come back is counted, and nothing wrong does."""
+"""Recall: what left the cells comes back; what cannot is counted, and nothing wrong comes back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_evicted_tokens_come_back(
     kept = llm.kept_positions()
     turn(llm, prompt, 2)
     stats = llm.kv_stats()
-    gone = [np.setdiff1d(new, old) for new, old in zip(llm.kept_positions()[0], kept[0])]
+    gone = [
+        np.setdiff1d(new, old) for new, old in zip(llm.kept_positions()[0], kept[0], strict=True)
+    ]
     assert any((positions < kept.max() - 20).any() for positions in gone), "older ones are back"
     assert stats.n_recalls > 0 and stats.n_recalled > 0 and stats.bytes_up > 0
     assert stats.n_lost == 0
@@ -79,9 +81,8 @@ def test_when_tokens_are_chosen_again(tiny_gguf: Callable[..., Path], when: str)
 
 
 def test_a_smaller_type_comes_back_close(tiny_gguf: Callable[..., Path]) -> None:
-    from parity.test_evict import Inspector
-
     from laq_gguf import _lib
+    from parity.test_evict import Inspector
 
     keys = {}
     for kind in (None, "q8_0"):
