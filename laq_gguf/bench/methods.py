@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from laq_gguf.cli import CACHE_TYPES
-from laq_gguf.config import CELL_STEP, LaqConfig
+from laq_gguf.config import CELL_STEP, CONFIG_NAMES, LaqConfig
 
 F16 = "f16"
 STEP_EXCESS = 0.03
@@ -44,7 +44,7 @@ class Method:
     @property
     def config(self) -> LaqConfig:
         """Its settings of the eviction."""
-        return LaqConfig(**self.options)
+        return LaqConfig(**{k: v for k, v in self.options.items() if k in CONFIG_NAMES})
 
     @property
     def least(self) -> int:
@@ -70,6 +70,8 @@ METHODS: dict[str, Method] = {
     # its first lookahead_size tokens are the full cache's own
     "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
     "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),
+    # the same cells; what leaves them can come back from host memory
+    "recall": Method({"kv_policy": "laq++", **PSEUDO, "kv_recall": "ram"}, bounded=True),
 }
 
 
