@@ -13,13 +13,21 @@ from types import SimpleNamespace
 from laq_gguf.bench import commands, report
 
 ROOT = Path(__file__).resolve().parent.parent
+#: what README shows, in its order
+README_RESULTS = (
+    "quality-default-smollm2", "peers-smollm2-2k", "speed-smollm2-cpu", "memory-smollm2",
+)  # fmt: skip
+HEAD = """# Results
+
+Written by `python scripts/bench.py readme` from the JSON files of this folder, which hold every
+row, the settings, the versions and the machine. `laq-gguf bench report FILE` shows one of them.
+"""
 README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
 
 
 def measured(text: str) -> str:
-    """README.md with the tables of the committed results between its marks."""
-    files = sorted(RESULTS.glob("*.json"))
-    section = report.readme_section([report.read(path) for path in files])
+    """README.md with the tables of README_RESULTS between its marks."""
+    section = report.readme_section([report.read(RESULTS / f"{n}.json") for n in README_RESULTS])
     before, begin, rest = text.partition("<!-- measured -->\n")
     _, end, after = rest.partition("<!-- /measured -->\n")
     if not begin or not end:
@@ -27,9 +35,16 @@ def measured(text: str) -> str:
     return f"{before}{begin}{section}\n{end}{after}"
 
 
+def all_results() -> str:
+    """The page of all committed results."""
+    documents = [report.read(path) for path in sorted(RESULTS.glob("*.json"))]
+    return f"{HEAD}\n{report.results_section(documents)}\n"
+
+
 def write_readme(args: argparse.Namespace) -> None:
-    """Write README's tables from the committed results."""
+    """Write README's tables, and the page of all results, from the committed ones."""
     README.write_text(measured(README.read_text(encoding="utf-8")), encoding="utf-8")
+    (RESULTS / "README.md").write_text(all_results(), encoding="utf-8")
 
 
 README_COMMAND = SimpleNamespace(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from laq_gguf.bench import curve_tables, kept_page, peers_table, quality_tables, tables
 from laq_gguf.bench.markdown import Document
 from laq_gguf.bench.provenance import SCHEMA
+
+Table = Callable[[Document], str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +80,23 @@ def _machine(run: Document) -> str:
 
 
 def readme_section(documents: Sequence[Document]) -> str:
-    """The measured part of README.md, from result files alone."""
+    """The measured part of README.md: a short table of each document, from result files alone."""
+    return _section(documents, {**SUMMARIES, **README_TABLES})
+
+
+def results_section(documents: Sequence[Document]) -> str:
+    """The tables of all results, for the folder that they lie in."""
+    return _section(documents, SUMMARIES)
+
+
+def _section(documents: Sequence[Document], shorter: Mapping[str, Table]) -> str:
     return "\n\n".join(
-        f"{SUMMARIES.get(d['kind'], TABLES[d['kind']])(d)}\n\n{provenance_lines(d)}"
+        f"{shorter.get(d['kind'], TABLES[d['kind']])(d)}\n\n{provenance_lines(d)}"
         for d in documents
     )
 
 
-TABLES: dict[str, Callable[[Document], str]] = {
+TABLES: dict[str, Table] = {
     "quality": quality_tables.quality_table,
     "multiturn": tables.multiturn_table,
     "chat": tables.chat_table,
@@ -98,9 +109,15 @@ TABLES: dict[str, Callable[[Document], str]] = {
     "tune": curve_tables.tune_table,
     "kept": kept_page.kept_table,
 }
-# shorter ones for README
-SUMMARIES = {
+# shorter ones
+SUMMARIES: dict[str, Table] = {
     "quality": quality_tables.quality_summary,
     "multiturn": tables.multiturn_summary,
     "chat": tables.chat_summary,
+}
+# one row for a method or a bar
+README_TABLES: dict[str, Table] = {
+    "quality": quality_tables.quality_brief,
+    "peers": peers_table.peers_brief,
+    "speed": tables.bars_table,
 }
