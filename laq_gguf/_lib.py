@@ -234,6 +234,20 @@ class Attachment:
         """Other settings from now on: `struct laq_params *`."""
         self._call_any("laq_set_params", params)
 
+    def recall(self) -> None:
+        """Choose again from archived and resident tokens."""
+        self._call("laq_recall")
+
+    @contextmanager
+    def without_archive(self) -> Iterator[None]:
+        """States that are saved inside the block do not carry the archive."""
+        save = self._native.lib.laq_save_archive
+        self._native.check("laq_save_archive", save(self._laq, False))
+        try:
+            yield
+        finally:
+            self._native.check("laq_save_archive", save(self._laq, True))
+
     def set_pinned(self, spans: Sequence[tuple[int, int]]) -> None:
         """Positions [first, end) that no eviction frees from now on."""
         pinned = self._native.ffi.new("struct laq_span[]", [list(span) for span in spans])

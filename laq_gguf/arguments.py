@@ -10,6 +10,7 @@ from typing import Any
 from ._lib import load
 from .config import CONFIG_NAMES
 from .errors import LaqArgumentError, LaqModelError
+from .recall import RECALL_NAMES
 
 load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
@@ -23,7 +24,8 @@ _STOCK_NAMES = tuple(
 
 def check_names(kwargs: dict[str, Any]) -> None:
     """llama_cpp.Llama drops unknown keywords in silence; here they are a TypeError."""
-    known = sorted({*_STOCK_NAMES, *CONFIG_NAMES, "kv_budget", "kv_staging", "pin_system"})
+    own = {*CONFIG_NAMES, *RECALL_NAMES, "kv_budget", "kv_staging", "pin_system"}
+    known = sorted({*_STOCK_NAMES, *own})
     for name in kwargs:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

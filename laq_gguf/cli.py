@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import config
+from . import config, recall
 from ._version import LLAMA_CPP_PYTHON_VERSION, __version__
 from .errors import LaqArgumentError, LaqError, LaqLibraryError
 
@@ -39,6 +39,16 @@ def _budget(text: str) -> int | float | str:
             f"{text!r} is neither a number of tokens, nor a share of n_ctx between 0 and 1, nor a "
             "size in bytes such as 512MiB"
         ) from error
+    return text
+
+
+def _limit(text: str) -> int | str:
+    with suppress(ValueError):
+        return int(text)
+    try:
+        config.parse_bytes(text, "--kv-recall-limit")
+    except LaqArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -73,6 +83,15 @@ def _add_cache_flags(add: Any) -> None:
     for name, text in numbers.items():
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=int, metavar="N", default=getattr(defaults, name), help=text)
+    add(
+        "--kv-recall",
+        choices=recall.STORES,
+        help="keep what leaves the cells there, and choose again from all of it",
+    )
+    limit = "bytes of that in host memory, such as 512MiB; the oldest tokens then go to a file"
+    add("--kv-recall-limit", type=_limit, metavar="N", help=limit)
+    when = "when tokens are chosen again: once a prompt has been read, also while generating, never"
+    add("--recall", choices=recall.RECALLS, default=recall.RecallConfig.recall, help=when)
     add("--type-k", choices=CACHE_TYPES, default="f16", help="type of K in the cache")
     add("--type-v", choices=CACHE_TYPES, default="f16", help="type of V in the cache")
 
@@ -179,6 +198,9 @@ def _open_model(args: argparse.Namespace) -> Llama:
         lookahead_size=args.lookahead_size,
         window_size=args.window_size,
         n_sink=args.n_sink,
+        kv_recall=args.kv_recall,
+        kv_recall_limit=args.kv_recall_limit,
+        recall=args.recall,
         n_ctx=args.n_ctx,
         seed=args.seed,
         flash_attn=not args.no_flash_attn,
@@ -274,6 +296,8 @@ def _doctor(args: argparse.Namespace) -> int:
         size = device.n_total / 2**20
         print(f"device            {device.name}: {device.description}, {size:.0f} MiB")
         print(f"  score kernel    {_kernels(native, i)}")
+    print("recall            the CPU scores what is archived (kv_recall), by its fused kernel")
+    print(f"archive's file    in {recall.file_folder() or 'no folder that can be written to'}")
     print(f"features          {llama_cpp.llama_print_system_info().decode('utf-8').strip()}")
     return 0
 

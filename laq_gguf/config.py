@@ -60,7 +60,12 @@ _BYTE_UNITS = {
 }
 
 
-def _integer(name: str, value: Any, low: int, high: int = _INT32_MAX) -> int:
+def check_integer(name: str, value: Any, low: int, high: int = _INT32_MAX) -> int:
+    """Return the value of a setting as an int.
+
+    Raises:
+        LaqArgumentError: it is no int, or not from low to high.
+    """
     try:
         number = operator.index(value)
     except TypeError:
@@ -82,7 +87,7 @@ def _spans(pinned: Any) -> tuple[tuple[int, int], ...]:
     for span in pinned:
         if isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2:
             raise LaqArgumentError(f"{form}, got the entry {span!r}")
-        first, end = _integer("pinned", span[0], 0), _integer("pinned", span[1], 0)
+        first, end = check_integer("pinned", span[0], 0), check_integer("pinned", span[1], 0)
         if first >= end:
             raise LaqArgumentError(f"{form}, got the entry ({first}, {end})")
         spans.append((first, end))
@@ -105,11 +110,11 @@ def check_staging(kv_staging: Any) -> int | None:
     Raises:
         LaqArgumentError: wrong type, or below 1.
     """
-    return None if kv_staging is None else _integer("kv_staging", kv_staging, 1)
+    return None if kv_staging is None else check_integer("kv_staging", kv_staging, 1)
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as "512MiB", "1.5 GiB", "800MB" or "200000000".
+def parse_bytes(text: str, name: str = "kv_budget") -> int:
+    """Bytes of a size such as "512MiB", "1.5 GiB", "800MB" or "200000000"; name: of the setting.
 
     KiB, MiB and GiB are powers of 1024; kB, MB and GB powers of 1000.
 
@@ -119,13 +124,14 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     scale = _BYTE_UNITS.get(match[2].lower()) if match else None
     if match is None or scale is None or (scale == 1 and "." in match[1]):
+        others = "; for tokens an int, for a share of n_ctx a float" if name == "kv_budget" else ""
         raise LaqArgumentError(
-            f"kv_budget={text!r} is not a size in bytes: give a number and KiB, MiB, GiB, kB, MB "
-            'or GB, as in "512MiB"; for tokens an int, for a share of n_ctx a float'
+            f"{name}={text!r} is not a size in bytes: give a number and KiB, MiB, GiB, kB, MB "
+            f'or GB, as in "512MiB"{others}'
         )
     n_bytes = int(Fraction(match[1]) * scale)
     if n_bytes < 1:
-        raise LaqArgumentError(f"kv_budget={text!r} must be at least one byte")
+        raise LaqArgumentError(f"{name}={text!r} must be at least one byte")
     return n_bytes
 
 
@@ -171,7 +177,7 @@ class LaqConfig:
             if not isinstance(value, str) or value not in choices:
                 raise LaqArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name, low in _MINIMA.items():
-            object.__setattr__(self, name, _integer(name, getattr(self, name), low))
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
         object.__setattr__(self, "pinned", _spans(self.pinned))
         if self.kernel_size % 2 == 0:
             raise LaqArgumentError(
@@ -302,7 +308,7 @@ class LaqConfig:
                 )
             budget, asked = int(kv_budget * n_ctx), f"{kv_budget!r} of n_ctx={n_ctx} is "
         else:
-            budget, asked = _integer("kv_budget", kv_budget, 1), ""
+            budget, asked = check_integer("kv_budget", kv_budget, 1), ""
         self._check_budget(budget, asked, n_ctx)
         return budget
 

@@ -20,7 +20,6 @@ from .arguments import check_compatible, check_file, check_names  # noqa: E402
 from .chat import RENDERED, system_prefix  # noqa: E402
 from .config import (  # noqa: E402
     CONFIG_NAMES,
-    SCORED_POLICIES,
     LaqConfig,
     check_staging,
     parse_bytes,
@@ -33,9 +32,9 @@ from .errors import (  # noqa: E402
     LaqStateError,
 )
 from .gguf_meta import read_shape  # noqa: E402
+from .recall import RECALL_NAMES, RecallConfig  # noqa: E402
 from .settings import SettingsMixin  # noqa: E402
 from .state import StateMixin  # noqa: E402
-from .stats import KvStats  # noqa: E402
 
 
 class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
@@ -74,6 +73,11 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
         probe_size: int = 48,
         chunk_size: int = 0,
         pin_system: bool = True,
+        kv_recall: str | None = None,
+        kv_recall_type: str | None = None,
+        kv_recall_limit: int | str | None = None,
+        recall: str = "turn",
+        recall_rounds: int = 2,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -117,6 +121,16 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
             chunk_size: most tokens of such a prompt between two evictions; 0 = a third of the
                 cells, at most n_batch.
             pin_system: keep the system turn of a chat whole, found by create_chat_completion.
+            kv_recall: "ram" or "disk": tokens that leave the cells go to an archive there, outside
+                of the device's memory, and the best of all tokens are chosen again later.
+            kv_recall_type: type of the archive, "q8_0" or "q4_0"; None: the cache's own, which
+                comes back byte for byte.
+            kv_recall_limit: bytes of the archive in host memory, an int or as "512MiB"; the oldest
+                tokens then go to a file. None: "ram": any number, "disk": 0.
+            recall: when tokens are chosen again: "turn" (once a prompt has been read), "always"
+                (also where generating finds no cells), "never" (by `recall()` alone).
+            recall_rounds: with "pseudo", how often tokens are decoded ahead and chosen by: the
+                first time what they would look at may not be there.
             n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
                 llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no
                 memory. Beyond the length that the model was trained for nothing is decoded, unless
@@ -148,6 +162,11 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
             probe_size=probe_size,
             chunk_size=chunk_size,
         )
+        self.recall_config = RecallConfig(
+            kv_recall, kv_recall_type, kv_recall_limit, recall, recall_rounds
+        )
+        if kv_budget is not None:
+            self.recall_config.check_policy(kv_policy)
         self._asked = {
             "kv_budget": kv_budget,
             "kv_staging": check_staging(kv_staging),
@@ -225,33 +244,13 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
 
     def _attach(self, budget: int, n_ctx: int) -> None:
         params, spans = self.laq_config.to_native(native, budget, n_ctx, self._seed)
+        folder = self.recall_config.to_native(native, params)
         address = llama_cpp.ctypes.cast(self._ctx.ctx, llama_cpp.ctypes.c_void_p).value
         assert address is not None
         self._laq = Attachment(native, address, params)
-        del spans  # laq_attach has copied them
+        del spans, folder  # laq_attach has copied them
         # last in, first out: detached before llama_free, whoever closes the context
         self._ctx._exit_stack.callback(self._laq.close)
-
-    def _attached(self, call: str) -> Attachment:
-        if self._laq is None:
-            raise LaqStateError(f"{call} needs a model made with kv_budget=...")
-        return self._laq
-
-    def kv_stats(self) -> KvStats:
-        """Counters of the KV cache.
-
-        Raises:
-            LaqStateError: the model was made without kv_budget, or is closed.
-        """
-        return self._attached("kv_stats()").stats(self.laq_config.kv_policy in SCORED_POLICIES)
-
-    def kept_positions(self) -> npt.NDArray[np.int32]:
-        """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).
-
-        Raises:
-            LaqStateError: the model was made without kv_budget, or is closed.
-        """
-        return self._attached("kept_positions()").kept_positions()
 
     def _check_room(self, n_tokens: int) -> None:
         if n_tokens <= self._n_ctx:
@@ -289,6 +288,9 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
                 self._decode(tokens)
         except BaseException:
             self._requires_eval = True  # the logits are not those of the last token
+            if self._laq is not None and not self._laq.is_closed:
+                # what was to be read again after a re-selection may be gone
+                self.n_tokens = min(self.n_tokens, self.kv_stats().n_tokens)
             raise
 
     def _read(self, tokens: Sequence[int]) -> None:
@@ -405,6 +407,7 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.update({name: getattr(self.laq_config, name) for name in CONFIG_NAMES})
+        state.update({name: getattr(self.recall_config, name) for name in RECALL_NAMES})
         state.update(self._asked)
         state["n_ctx"] = self.n_ctx()
         return state

@@ -26,7 +26,7 @@ class SettingsMixin:
 
         Raises:
             TypeError: unknown keyword.
-            LaqArgumentError: a value is out of range, or bytes.
+            LaqArgumentError: a value is out of range, or bytes, or the policy cannot recall.
             LaqStateError: the model was made without kv_budget, or is closed.
             LaqNativeError: more lookahead or window than was allocated for, a policy that scores
                 after one that does not, or an eviction waits. Nothing was changed.
@@ -38,9 +38,11 @@ class SettingsMixin:
                 "share of n_ctx (a float)"
             )
         config: LaqConfig = replace(self.laq_config, **settings)
+        self.recall_config.check_policy(config.kv_policy)
         asked = self.kv_budget if kv_budget is None else kv_budget
         budget = config.resolve_budget(asked, self.n_ctx())
         params, spans = config.to_native(native, budget, self.n_ctx(), self._seed)
+        folder = self.recall_config.to_native(native, params)
         laq.set_params(params)
-        del spans  # laq_set_params has copied them
+        del spans, folder  # laq_set_params has copied them
         self.laq_config, self.kv_budget, self._asked["kv_budget"] = config, budget, asked

@@ -1,17 +1,22 @@
-"""Saving and restoring what a `Llama` has read: in memory as llama_cpp does it, and as a file."""
+"""What a `Llama` has read: looked at, saved and restored, in memory as llama_cpp does it and as a
+file."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import session
-from ._lib import SEQ_ID, load, native_errors
+from ._lib import SEQ_ID, Attachment, load, native_errors
 from ._version import __version__
+from .config import SCORED_POLICIES
 from .errors import LaqStateError
+from .stats import KvStats
 
 native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
@@ -21,7 +26,37 @@ SESSION_FORMAT = 1
 
 
 class StateMixin:
-    """save_state, load_state, save_session and load_session of `Llama`."""
+    """What `Llama` has of its cache: counters, recall, save_state, load_state and sessions."""
+
+    def _attached(self: Any, call: str) -> Attachment:
+        if self._laq is None:
+            raise LaqStateError(f"{call} needs a model made with kv_budget=...")
+        return self._laq
+
+    def kv_stats(self: Any) -> KvStats:
+        """Counters of the KV cache.
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+        """
+        return self._attached("kv_stats()").stats(self.laq_config.kv_policy in SCORED_POLICIES)
+
+    def kept_positions(self: Any) -> npt.NDArray[np.int32]:
+        """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+        """
+        return self._attached("kept_positions()").kept_positions()
+
+    def recall(self: Any) -> None:
+        """Choose again from all tokens, archived and resident, by the last ones decoded.
+
+        Raises:
+            LaqStateError: the model was made without kv_budget, or is closed.
+            LaqNativeError: it was made without kv_recall.
+        """
+        self._attached("recall()").recall()
 
     def _sequence(self: Any) -> bytes:
         """Cells of the conversation, with the tables of its evictions and its last queries.
@@ -141,12 +176,17 @@ class StateMixin:
             "lookahead_size": self.laq_config.lookahead_size,
         }
 
-    def save_session(self: Any, path: str | os.PathLike[str]) -> None:
+    def save_session(self: Any, path: str | os.PathLike[str], *, archive: bool = True) -> None:
         """Write the conversation to a file: tokens, cells and the tables of its evictions.
 
         The file holds no logits: the last token is decoded again when the conversation goes on.
         It carries a fingerprint of the model, the versions and a checksum, and takes the place of
         an older file only when it is complete.
+
+        Args:
+            path: the file.
+            archive: with kv_recall: whether the file carries what left the cells. Without it, that
+                is lost to the conversation that goes on from the file, and kv_stats() counts it.
 
         Raises:
             LaqStateError: the model was made without kv_budget, or the file cannot be written.
@@ -160,8 +200,11 @@ class StateMixin:
             "kv_budget": self.kv_budget,
             "kv_policy": self.laq_config.kv_policy,
             "pinned_prefix": self._pinned_prefix,
+            "archive": archive and self.recall_config.kv_recall is not None,
         }
-        session.write_session(path, header, self._input_ids.astype(np.int32), self._sequence())
+        with contextlib.nullcontext() if archive else self._laq.without_archive():
+            state = self._sequence()
+        session.write_session(path, header, self._input_ids.astype(np.int32), state)
 
     def load_session(self: Any, path: str | os.PathLike[str]) -> None:
         """Go on with the conversation of a file from `save_session`.

@@ -40,6 +40,20 @@ class KvStats:
         ms_score: the same for the scores.
         ms_select: the same for choosing what stays.
         ms_compact: the same for moving K and V.
+        archive_bytes: bytes of the archive in host memory (see kv_recall); a row of it is K and V
+            of one token in one layer and KV head.
+        archive_file_bytes: bytes of the archive in its file.
+        n_archived: rows in the archive now.
+        n_recalled: rows that came back from it.
+        n_recalls: re-selections.
+        n_recalls_skipped: those that would hardly have changed anything.
+        n_lost: rows that could not be kept or read back, or that a state did not carry.
+        n_reread: of n_decoded, tokens at the end of a prompt that were decoded again after a
+            re-selection.
+        ms_recall: milliseconds spent in re-selections, tokens decoded again included, pseudo
+            tokens not.
+        bytes_down: bytes that went to the archive.
+        bytes_up: bytes that came back.
     """
 
     n_tokens: int
@@ -68,6 +82,17 @@ class KvStats:
     ms_score: float
     ms_select: float
     ms_compact: float
+    archive_bytes: int
+    archive_file_bytes: int
+    n_archived: int
+    n_recalled: int
+    n_recalls: int
+    n_recalls_skipped: int
+    n_lost: int
+    n_reread: int
+    ms_recall: float
+    bytes_down: int
+    bytes_up: int
 
     @classmethod
     def from_native(cls, stats: Any, scored: bool, text: Callable[[Any], str]) -> KvStats:

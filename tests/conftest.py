@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import device
 import laq_gguf
 from laq_gguf import _lib
 
@@ -65,6 +66,9 @@ class Floor:
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
+    known = [] if device.ON_CPU else [d.name for d in _lib.devices(_lib.library_dir())]
+    if not device.ON_CPU and device.NAME not in known:
+        raise pytest.UsageError(f"LAQ_TEST_DEVICE={device.NAME}: there are {', '.join(known)}")
     # a worker of pytest-xdist sees a part of the tests; the process that started it, all reports
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Floor(config.getoption("--min-executed")))

@@ -8,12 +8,12 @@ a cell of the method's own type, read back from a cache that was allocated.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from laq_gguf.cli import CACHE_TYPES
-from laq_gguf.config import CELL_STEP, LaqConfig
+from laq_gguf.config import CELL_STEP, CONFIG_NAMES, LaqConfig
 
 F16 = "f16"
 STEP_EXCESS = 0.03
@@ -44,7 +44,16 @@ class Method:
     @property
     def config(self) -> LaqConfig:
         """Its settings of the eviction."""
-        return LaqConfig(**self.options)
+        return LaqConfig(**{k: v for k, v in self.options.items() if k in CONFIG_NAMES})
+
+    @property
+    def least(self) -> int:
+        """The smallest budget: tokens that are always kept, also by the draft."""
+        config = self.config
+        least = config.n_pinned()
+        if config.draft == "snapkv":
+            least = max(least, replace(config, kv_policy="snapkv").n_pinned())
+        return least
 
 
 PSEUDO = {"lookahead": "pseudo"}
@@ -53,14 +62,16 @@ METHODS: dict[str, Method] = {
     "streaming": Method({"kv_policy": "streaming"}),
     "random": Method({"kv_policy": "random"}),
     "snapkv": Method({"kv_policy": "snapkv"}),
-    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut
-    "laq": Method({"kv_policy": "laq", "draft": "snapkv", **PSEUDO}),
+    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut; it follows no copies
+    "laq": Method({"kv_policy": "laq", "draft": "snapkv", "follow_size": 0, **PSEUDO}),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
     # queries of placeholders that know only where they stand: is generating worth it
     "position": Method({"kv_policy": "laq++", "lookahead": "position"}),
     # its first lookahead_size tokens are the full cache's own
     "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
     "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),
+    # the same cells; what leaves them can come back from host memory
+    "recall": Method({"kv_policy": "laq++", **PSEUDO, "kv_recall": "ram"}, bounded=True),
 }
 
 

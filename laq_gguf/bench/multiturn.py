@@ -43,6 +43,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "laq++-deferred": {"kv_policy": "laq++", "lookahead": "deferred"},
     "laq++-pseudo": {"kv_policy": "laq++", "lookahead": "pseudo"},
+    "laq++-recall": {"kv_policy": "laq++", "lookahead": "pseudo", "kv_recall": "ram"},
+    "laq++-recall-1": {
+        "kv_policy": "laq++",
+        "lookahead": "pseudo",
+        "kv_recall": "ram",
+        "recall_rounds": 1,
+    },
+    "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
     "snapkv": {"kv_policy": "snapkv"},
     "streaming": {"kv_policy": "streaming"},
 }

@@ -55,8 +55,9 @@ NOTES = (
     "lookahead_size tokens, which are the full cache's own); the reply's beginning (answer_prefix) "
     "is part of the prompt",
 )
-TIMED_OUT = "stopped by --minutes after {} of {} rounds (a round: one example of each task)"
-CUT_SHORT = "stopped by --minutes within a round: the tasks have not the same number of examples"
+STOPPED = "stopped by --minutes "
+TIMED_OUT = STOPPED + "after {} of {} rounds (a round: one example of each task)"
+CUT_SHORT = STOPPED + "within a round: the tasks have not the same number of examples"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} is at least {low}, got {value}")
     rounds, n_ctx = _prepare(args)
     file = ResultFile("quality", args, KEY, NOTES)
+    file.document["notes"] = [n for n in file.document["notes"] if not n.startswith(STOPPED)]
     with closing(Readers(args, n_ctx)) as readers:
         measurement = Measurement(args, readers, file)
         _measure(args, rounds, measurement)
@@ -157,6 +159,9 @@ def _measure(
                 for case in measurement.example(prompt, cases[id(prompt)]):
                     bar.set_postfix_str(_label(prompt, case))
                     bar.update()
+                    if not clock.has_time(0):
+                        measurement.file.note(CUT_SHORT)
+                        return
                 if n_missing == len(cases[id(prompt)]):
                     clock.measured(len(prompt.tokens), time.monotonic() - begun)
 

@@ -116,7 +116,7 @@ class Measurement:
         """Whether the size is one that the method can have; a note says where it cannot."""
         if not case.method.evicts:
             return True
-        n, least = self._tokens(prompt, case), case.method.config.n_pinned()
+        n, least = self._tokens(prompt, case), case.method.least
         why = f"{least} are always kept" if n < least else ""
         size = bounded_size(n, case.method.config)
         if case.method.bounded and (size is None or sum(size) < self._args.bounded_cells):

@@ -13,6 +13,7 @@ from .attention import POOLINGS, attention_scores, causal_mask, pool_scores
 from .cache import KVCache
 from .cells import Tokens
 from .plan import ChunkPlan, default_chunk, plan_chunk
+from .recall import RecallCache
 from .select import (
     POLICIES,
     PolicyParams,
@@ -33,6 +34,7 @@ __all__ = [
     "ChunkPlan",
     "KVCache",
     "PolicyParams",
+    "RecallCache",
     "Tokens",
     "attention_scores",
     "causal_mask",

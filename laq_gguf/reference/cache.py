@@ -60,6 +60,10 @@ class KVCache(Cells):
         """Cells that an eviction down to the budget frees."""
         return 0 if self.params.policy == "full" else max(self.n_resident - self.params.budget, 0)
 
+    def recalls(self, when: str) -> bool:
+        """Whether there is something to choose from again: see recall.py."""
+        return False
+
     def append(self, tokens: Tokens) -> None:
         """Add tokens at the positions that follow, after `prepare`.
 
@@ -109,7 +113,8 @@ class KVCache(Cells):
                 f"policy {params.policy!r} with lookahead {params.lookahead!r} takes no pseudo "
                 f"tokens"
             )
-        if self.n_over == 0:
+        recall = self.recalls("turn")
+        if self.n_over == 0 and not recall:
             self.n_prompt, self.pending, self.remembers = self.n_tokens, False, False
             return
         if wants_pseudo and (pseudo is None or len(pseudo) == 0):
@@ -129,7 +134,7 @@ class KVCache(Cells):
         self.n_prompt, self.pending = n_prompt, defers
         if not defers:
             queries = query_range(params, n_prompt, self.n_tokens)
-            self._evict(params.budget, n_intact, queries, n_end)
+            self._evict(params.budget, n_intact, queries, n_end, recall=recall)
 
     def draft(self) -> KVCache:
         """The cache that the paper generates its pseudo tokens from: a copy of this one, cut to the
@@ -141,19 +146,21 @@ class KVCache(Cells):
         drafted.prompt_end()
         return drafted
 
-    def flush(self) -> None:
+    def flush(self, when: str = "turn") -> None:
         """Carry out an eviction that waits, with the lookahead queries there are.
 
         If more tokens than lookahead_size follow the prompt, the last of them are the lookahead:
-        what is pinned may not outgrow the budget.
+        what is pinned may not outgrow the budget. `when` is that of `recalls`.
         """
         if not self.pending:
             return
         self.pending = False
-        if self.n_over:
+        recall = self.recalls(when)
+        if self.n_over or recall:
             n_prompt = max(self.n_prompt, self.n_tokens - self.params.lookahead_size)
             queries = query_range(self.params, n_prompt, self.n_tokens)
-            self._evict(self.params.budget, self._intact(n_prompt), queries, self.n_tokens)
+            n_intact = self._intact(n_prompt)
+            self._evict(self.params.budget, n_intact, queries, self.n_tokens, recall=recall)
 
     def plan(self, n_left: int) -> ChunkPlan:
         """The next chunk of a prompt of which n_left tokens are left. Changes nothing."""
@@ -221,9 +228,10 @@ class KVCache(Cells):
             ValueError: more cells are pinned than the budget holds. The cache is as before.
         """
         if self.n_over:
-            self.evict(self.params.budget)
+            recall = self.recalls("turn" if self.pending else "always")
+            self.evict(self.params.budget, recall)
 
-    def evict(self, n_keep: int) -> None:
+    def evict(self, n_keep: int, recall: bool = False) -> None:
         """As `overflow`, down to n_keep cells in place of the budget.
 
         Raises:
@@ -241,14 +249,21 @@ class KVCache(Cells):
         n_intact = self._intact(n_prompt)
         check_pinned(params, n_keep, n_intact, self.n_tokens)
         queries = query_range(params, n_prompt, self.n_tokens)
-        self._evict(n_keep, n_intact, queries, self.n_tokens)
+        self._evict(n_keep, n_intact, queries, self.n_tokens, recall=recall)
+        self.pending = False
 
     def _intact(self, n_prompt: int) -> int:
         """Where the intact suffix begins after an eviction; the window ends at n_prompt."""
         return max(self.n_intact, n_prompt - self.params.window, 0)
 
     def _evict(
-        self, n_keep: int, n_intact: int, queries: Span, n_end: int, by_probe: bool = False
+        self,
+        n_keep: int,
+        n_intact: int,
+        queries: Span,
+        n_end: int,
+        by_probe: bool = False,
+        recall: bool = False,
     ) -> None:
         """Score and select in every layer.
 
@@ -260,6 +275,7 @@ class KVCache(Cells):
                 stay, as under policy "streaming".
             n_end: tokens from this position on are dropped.
             by_probe: the scores are remembered until the next eviction.
+            recall: tokens of an archive may come back; here there is none.
         """
         params = replace(self.params, budget=n_keep)
         # a query of the evicted part would be masked by positions that heads do not share

@@ -89,6 +89,13 @@ enum laq_score_kernel {
     LAQ_SCORE_KERNEL_COMPOSED = 2,  // mul_mat, soft_max_ext, sum_rows
 };
 
+// when tokens that left the cells are chosen from again
+enum laq_recall_when {
+    LAQ_RECALL_NEVER = 0,  // by laq_recall() alone
+    LAQ_RECALL_TURN  = 1,  // once a prompt has been read: at its end, or with the first tokens of the answer (DEFERRED)
+    LAQ_RECALL_ALWAYS = 2,  // and whenever decoding finds no cells
+};
+
 struct laq_span {
     int32_t p0;  // first position
     int32_t p1;  // one past the last
@@ -115,6 +122,13 @@ struct laq_params {
     uint32_t                seed;  // for RANDOM
     uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept, of every sequence
+    // The archive: K and V of every token before its cells are freed, outside of the device's memory.
+    int32_t      archive;          // 1 = there is one
+    int32_t      archive_type;     // enum ggml_type of its rows; -1 = as in the cache, byte for byte
+    uint64_t     archive_limit;    // bytes of it in host memory; the oldest tokens then go to a file
+    const char * archive_folder;   // of that file; NULL = there is none, and the oldest tokens are lost
+    int32_t      recall;           // enum laq_recall_when
+    uint32_t     n_recall_rounds;  // PSEUDO: times that tokens are decoded ahead and selected by
 };
 
 struct laq_stats {
@@ -143,6 +157,18 @@ struct laq_stats {
     double   ms_select;
     double   ms_compact;
     int32_t  compact_graph;  // 1 = K and V are moved by a graph on their device, 0 = by the host
+    // the archive; a row is K and V of one token in one layer and KV head
+    uint64_t archive_bytes;       // in host memory
+    uint64_t archive_file_bytes;  // in the file
+    uint64_t n_archived;          // rows that are archived now
+    uint64_t n_recalled;          // rows that came back
+    uint64_t n_lost;              // rows that could not be kept or read back
+    uint64_t n_reread;            // tokens of a prompt that were decoded again after a re-selection
+    uint32_t n_recalls;           // re-selections
+    uint32_t n_recalls_skipped;   // where the selection would hardly have changed
+    double   ms_recall;           // re-selections, tokens decoded again included, pseudo tokens not
+    uint64_t bytes_down;          // from the cells to the archive
+    uint64_t bytes_up;
     // texts, valid until laq_detach()
     const char * devices;         // that hold K and V, with blanks between them
     const char * score_reason;    // why that kernel scores; "" if nothing is scored
@@ -165,9 +191,9 @@ enum laq_status laq_attach(struct llama_context * ctx, const struct laq_params *
 void laq_detach(struct laq_cache * laq);
 
 // Other settings from now on, in place of those of laq_attach(). What was evicted stays so, and nothing is allocated:
-// refused are another n_ctx or score_kernel, more queries than were allocated for (n_window, n_window_snapkv,
+// refused are another n_ctx, score_kernel or archive, more queries than were allocated for (n_window, n_window_snapkv,
 // n_lookahead), a policy that needs queries where the one of laq_attach() needed none, and any change while an eviction
-// waits. pinned is that of every sequence.
+// waits. pinned is that of every sequence; type, limit and folder of the archive stay.
 enum laq_status laq_set_params(struct laq_cache * laq, const struct laq_params * params);
 
 // What is pinned in one sequence from now on, in place of laq_params::pinned.
@@ -195,6 +221,13 @@ enum laq_status laq_flush(struct laq_cache * laq, int32_t seq_id);
 // as they are. llama_decode() does the same down to the budget when it finds no cells; where that fails it returns 1 and
 // laq_last_error() says why ("": nothing more can be evicted).
 enum laq_status laq_evict(struct laq_cache * laq, int32_t seq_id, uint32_t n_keep);
+
+// Choose again from all tokens, archived and resident, with the queries of the last n_lookahead tokens (or of those that
+// an eviction waits for): the best n_kv_budget become resident. Without an archive: INVALID_ARGUMENT.
+enum laq_status laq_recall(struct laq_cache * laq, int32_t seq_id);
+
+// Whether saved states carry the archive (they do at first). One that does not: what it leaves out is lost.
+enum laq_status laq_save_archive(struct laq_cache * laq, bool on);
 
 enum laq_status laq_get_stats(const struct laq_cache * laq, int32_t seq_id, struct laq_stats * stats);
 
@@ -224,8 +257,18 @@ enum laq_status laq_get_queries(const struct laq_cache * laq, uint32_t ikv, int3
 // resident keys of sequence 0 in a layer as F32, in the order of laq_kept_positions: dst [n_resident][n_head_kv][n_embd_head_k]
 enum laq_status laq_get_keys(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n);
 
+// rows of K or V of sequence 0 in a layer and KV head, as they are stored and in the order of laq_kept_positions:
+// dst [n_resident][bytes of a row]
+enum laq_status laq_get_rows(const struct laq_cache * laq, uint32_t ikv, uint32_t head, bool is_v, uint8_t * dst,
+                             uint64_t n);
+
+// *held: whether a position is archived; then dst [n] receives its row of K or V as the archive stores it, if not NULL
+enum laq_status laq_get_archived(struct laq_cache * laq, uint32_t ikv, uint32_t head, bool is_v, int32_t pos,
+                                 uint8_t * dst, uint64_t n, bool * held);
+
 // scores (before pooling) of the last eviction: dst F32 [n_head_kv][n_kv]; *n_kv receives the length. One for each
-// token of the sequence that was resident then, in order of position, probe and pseudo tokens included. dst may be NULL to ask for n_kv.
+// token of the sequence that was resident then, in order of position, probe and pseudo tokens included; for each token
+// that some head could choose where that was from the archive, too, 0 in the others. dst may be NULL to ask for n_kv.
 // Kept only if LAQ_DEBUG is set in the environment before laq_attach().
 enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
 

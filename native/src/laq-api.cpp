@@ -3,6 +3,7 @@
 #include "laq-api.h"
 
 #include "laq-prompt.h"
+#include "laq-recall.h"
 
 #include "ggml-backend.h"
 #include "llama-arch.h"
@@ -85,6 +86,10 @@ laq_params laq_default_params(void) {
     p.n_kernel        = 7;
     p.n_follow        = 32;
     p.seed            = 0;
+    p.archive_type    = -1;
+    p.archive_limit   = UINT64_MAX;
+    p.recall          = LAQ_RECALL_TURN;
+    p.n_recall_rounds = 2;
     return p;
 }
 
@@ -125,6 +130,10 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.n_window_snapkv >= 1 && p.n_window_snapkv <= 1024, "snapkv_window must be in [1, 1024]");
     laq_check(p.n_follow <= (1u << 30), "follow_size must be at most 2^30");
     laq_check(p.n_probe >= 1 && p.n_probe <= (1u << 20), "probe_size must be in [1, 2^20]");
+    laq_check(p.recall >= LAQ_RECALL_NEVER && p.recall <= LAQ_RECALL_ALWAYS,
+              "recall is not one of enum laq_recall_when");
+    laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
+    laq_check(p.n_recall_rounds >= 1 && p.n_recall_rounds <= 16, "n_recall_rounds must be in [1, 16]");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
     if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
@@ -206,6 +215,10 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         check_params(p, laq->n_cells());
         laq_check(p.n_ctx == 0 || p.n_ctx == laq->n_ctx, "n_ctx is that of laq_attach()");
         laq_check(p.score_kernel == laq->params.score_kernel, "score_kernel is that of laq_attach()");
+        laq_check(p.archive == laq->params.archive, "archive is that of laq_attach()");
+        p.archive_type   = laq->params.archive_type;
+        p.archive_limit  = laq->params.archive_limit;
+        p.archive_folder = laq->params.archive_folder;
         laq_check(laq->can_score || !scores_any(p),
                   "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
         laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
@@ -263,12 +276,14 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
     return laq_guarded([&] {
         check_seq(laq, seq_id);
         laq->seqs[seq_id].pending.reset();
-        if (laq->params.policy == LAQ_POLICY_FULL || laq->n_resident(seq_id) <= laq->params.n_kv_budget) {
+        const bool recall = laq->recalls(seq_id, LAQ_RECALL_TURN);
+        const bool fits   = laq->n_resident(seq_id) <= laq->params.n_kv_budget;
+        if (laq->params.policy == LAQ_POLICY_FULL || (fits && !recall)) {
             laq->seqs[seq_id].remembers = false;
             return;
         }
         if (!laq_policy_needs_lookahead(laq->params)) {
-            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget); });
+            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
         } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
             laq->seqs[seq_id].pending = laq_pending{ laq->n_tokens(seq_id) };
         } else {
@@ -299,6 +314,25 @@ laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
     });
 }
 
+laq_status laq_recall(laq_cache * laq, int32_t seq_id) {
+    return laq_guarded([&] {
+        check_seq(laq, seq_id);
+        laq_check(laq->recall != nullptr, "there is no archive to recall from: use kv_recall");
+        if (laq->seqs[seq_id].pending) {
+            laq->run_update([&] { laq->evict_pending(seq_id, LAQ_RECALL_NEVER); });
+        } else if (laq->recalls(seq_id, LAQ_RECALL_NEVER)) {
+            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, true); });
+        }
+    });
+}
+
+laq_status laq_save_archive(laq_cache * laq, bool on) {
+    return laq_guarded([&] {
+        laq_check(laq, "laq must not be NULL");
+        laq->save_archive = on;
+    });
+}
+
 laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stats) {
     return laq_guarded([&] {
         check_seq(laq, seq_id);
@@ -318,6 +352,13 @@ laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stat
         s.ring_bytes    = laq->ring_bytes();
         s.compute_bytes = laq->compute_bytes();
 
+        if (laq->recall) {
+            const laq_archive & archive = laq->recall->archive;
+            s.archive_bytes             = archive.bytes_in_memory();
+            s.archive_file_bytes        = archive.bytes_in_file();
+            s.n_archived                = archive.n_archived();
+            s.n_lost                    = archive.n_lost;
+        }
         s.devices        = laq->devices.c_str();
         s.score_reason   = laq->score_reason.c_str();
         s.compact_reason = laq->compact_reason.c_str();

@@ -2,6 +2,7 @@
 
 #include "laq-graph.h"
 #include "laq-move.h"
+#include "laq-recall.h"
 
 #include "ggml-backend.h"
 #include "llama-impl.h"
@@ -33,6 +34,9 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
     for (const auto & [_, buf] : kv->ctxs_bufs) {
         const ggml_backend_dev_t dev = laq_device_of(buf.get());
         devices += (devices.empty() ? "" : " ") + std::string(dev ? ggml_backend_dev_name(dev) : "unknown");
+    }
+    if (params.archive) {
+        recall = std::make_unique<laq_recall_state>(*this);
     }
     stats.n_ctx         = n_ctx;
     stats.kv_bytes_full = kv_bytes() / n_cells() * n_ctx;
@@ -295,5 +299,8 @@ void laq_cache::reset(int32_t seq_id) {
     seq.remembers = false;
     if (!keep_rings) {
         seq.ring.forget(0);
+        if (recall) {
+            recall->archive.clear();
+        }
     }
 }

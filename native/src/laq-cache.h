@@ -3,6 +3,7 @@
 // State of one attached context: which tokens its cells hold, the ring of captured queries, pending evictions.
 // Internal to libllama; laq.h is the interface.
 
+#include "laq-archive.h"
 #include "laq-hooks.h"
 #include "laq-policy.h"
 #include "laq.h"
@@ -11,6 +12,7 @@
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -85,7 +87,18 @@ struct laq_saved {
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
     std::vector<std::vector<float>>   memory;  // the same; empty if the sequence does not remember
+    std::vector<laq_archive_image>    archive;
+    bool                              has_archive;
 };
+
+// a token that one head may hold
+struct laq_row {
+    int32_t pos;
+    int32_t cell;  // -1 = it is in the archive alone
+};
+
+// what every head is to hold, in order of position: per KV layer and KV head, all of one length
+using laq_rows = std::vector<std::vector<std::vector<laq_row>>>;
 
 // indices into a list of cells in order of position, per KV layer and KV head, all of one length
 using laq_kept = std::vector<std::vector<std::vector<uint32_t>>>;
@@ -99,12 +112,28 @@ struct laq_scores {
 // what one eviction does
 struct laq_eviction {
     int32_t         seq_id;
-    uint32_t        n_keep;    // tokens per layer and KV head
-    laq_query_range queries;   // positions whose captured queries score
-    bool            scratch;   // they are in the scratch ring
-    int32_t         n_intact;  // positions from here on are kept whole
-    int32_t         n_end;     // tokens from here on are dropped
+    uint32_t        n_keep;          // tokens per layer and KV head
+    laq_query_range queries;         // positions whose captured queries score
+    bool            scratch;         // they are in the scratch ring
+    int32_t         n_intact;        // positions from here on are kept whole
+    int32_t         n_end;           // tokens from here on are dropped
+    bool            recall = false;  // archived tokens may come back
 };
+
+// a captured query and where it is
+struct laq_observation {
+    int32_t slot;
+    int32_t pos;
+};
+
+// Those that the eviction asks for and that are held.
+std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_eviction & e);
+
+// indices into view of what stays of one head, n_shared cells of other sequences aside
+std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
+                                       uint32_t n_shared);
+
+struct laq_recall_state;
 
 struct laq_cache {
     llama_context *  ctx;
@@ -133,6 +162,9 @@ struct laq_cache {
 
     bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
     std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]
+
+    std::unique_ptr<laq_recall_state> recall;               // null: what leaves the cells is gone
+    bool                              save_archive = true;  // states carry it
 
     laq_stats   stats  = {};
     laq_status  status = LAQ_STATUS_OK;  // of the last update
@@ -187,13 +219,19 @@ struct laq_cache {
 
     // an eviction whose lookahead is complete
     bool can_evict(int32_t seq_id) const;
-    void evict_pending(int32_t seq_id);
+    void evict_pending(int32_t seq_id, laq_recall_when when = LAQ_RECALL_TURN);
+
+    // whether there is something to choose from again, and it is time
+    bool recalls(int32_t seq_id, laq_recall_when when) const;
 
     // where the intact suffix begins after an eviction whose window ends at n_prompt
     int32_t intact_from(int32_t seq_id, int32_t n_prompt) const;
 
     // down to n_keep with the queries of the last tokens
-    void evict_to(int32_t seq_id, uint32_t n_keep);
+    void evict_to(int32_t seq_id, uint32_t n_keep, bool recall = false);
+
+    // down to the budget, since tokens that are generated find no cells
+    void overflow(int32_t seq_id);
 
     // Cells for n_wanted more tokens: sequences above the budget come down to it. false = there are none to be had
     bool can_make_room() const;
@@ -221,9 +259,13 @@ struct laq_cache {
 
     void settle_shared(int32_t seq_id, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
 
-    // the cells that hold what was kept
+    // The cells that hold the rows afterwards, archived ones still to be written; all others of the sequence's own become
+    // free.
     std::vector<uint32_t> compact(const laq_eviction & e, const std::vector<uint32_t> & order,
-                                  const std::vector<uint8_t> & own, const laq_kept & kept);
+                                  const std::vector<uint8_t> & own, const laq_rows & rows);
+
+    // Choose from archived and resident tokens together. false = nothing was changed, evict as without an archive
+    bool reselect(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
 
     // what the cells of `order` scored when a probe looked before joined to what they score now
     void remember(int32_t seq_id, const std::vector<uint32_t> & order, laq_scores & now) const;

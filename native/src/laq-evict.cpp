@@ -1,15 +1,15 @@
 // Evictions: what triggers one, what scores it, what stays.
 
 #include "laq-cache.h"
+#include "laq-recall.h"
 
 #include "ggml.h"
 #include "llama-impl.h"
 
 #include <algorithm>
 
-// indices into view of what stays of one head, n_shared cells of other sequences aside
-static std::vector<uint32_t> keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h,
-                                          const laq_head_view & view, uint32_t n_shared) {
+std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
+                                       uint32_t n_shared) {
     laq_params p = params;
     p.n_kv_budget -= std::min(p.n_kv_budget, n_shared);
 
@@ -69,7 +69,7 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
             }
             const float * of_head = scores.rows.empty() ? nullptr : s.data();
             res[ikv].push_back(
-                keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared));
+                laq_keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared));
             for (uint32_t & i : res[ikv].back()) {
                 i = at[i];
             }
@@ -92,6 +92,24 @@ void laq_cache::settle_shared(int32_t seq_id, const std::vector<uint32_t> & orde
     }
 }
 
+static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & order, int32_t n_end) {
+    return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
+}
+
+static laq_rows rows_of(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order,
+                        const laq_kept & kept) {
+    laq_rows res(kept.size());
+    for (uint32_t ikv = 0; ikv < kept.size(); ++ikv) {
+        for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
+            std::vector<laq_row> & rows = res[ikv].emplace_back();
+            for (const uint32_t i : kept[ikv][h]) {
+                rows.push_back({ laq.pos_at(seq_id, ikv, h, order[i]), (int32_t) order[i] });
+            }
+        }
+    }
+    return res;
+}
+
 void laq_cache::evict(const laq_eviction & e) {
     const std::vector<uint32_t> order = resident(e.seq_id);
 
@@ -99,6 +117,17 @@ void laq_cache::evict(const laq_eviction & e) {
     std::vector<uint8_t> own(order.size());
     for (size_t i = 0; i < order.size(); ++i) {
         own[i] = cells().seq_count(order[i]) == 1;
+    }
+    if (recall) {
+        laq_archive_leaving(*this, e, order);
+    }
+    if (e.recall) {
+        if (reselect(e, order, own)) {
+            return;
+        }
+        if (n_before(*this, order, e.n_end) <= e.n_keep) {
+            return;
+        }
     }
     const int64_t t_begin = ggml_time_us();
 
@@ -117,7 +146,7 @@ void laq_cache::evict(const laq_eviction & e) {
     const laq_kept kept     = select(e, order, own, now);
     const int64_t  t0       = ggml_time_us();
     settle_shared(e.seq_id, order, own);
-    const std::vector<uint32_t> dst = compact(e, order, own, kept);
+    const std::vector<uint32_t> dst = compact(e, order, own, rows_of(*this, e.seq_id, order, kept));
     for (uint32_t ikv = 0; ikv < now.rows.size() && e.scratch; ++ikv) {
         for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
             float *       memory = layers[ikv].memory.data() + (size_t) h * n_cells();
@@ -140,12 +169,19 @@ int32_t laq_cache::intact_from(int32_t seq_id, int32_t n_prompt) const {
     return std::max(seqs[seq_id].n_intact, n_prompt - (int32_t) laq_policy_window(params));
 }
 
-void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep) {
+void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep, bool recall) {
     const int32_t n_end    = n_tokens(seq_id);
     const int32_t n_prompt = std::max(0, n_end - (int32_t) laq_policy_ahead(params));
 
-    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false, intact_from(seq_id, n_prompt), n_end });
+    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false, intact_from(seq_id, n_prompt), n_end,
+            recall });
     seqs[seq_id].pending.reset();
+}
+
+void laq_cache::overflow(int32_t seq_id) {
+    // an eviction that waits is the turn's own
+    const laq_recall_when when = seqs[seq_id].pending ? LAQ_RECALL_TURN : LAQ_RECALL_ALWAYS;
+    evict_to(seq_id, params.n_kv_budget, recalls(seq_id, when));
 }
 
 bool laq_cache::can_evict(int32_t seq_id) const {
@@ -153,16 +189,17 @@ bool laq_cache::can_evict(int32_t seq_id) const {
     return pending && n_tokens(seq_id) >= pending->n_prompt + (int32_t) params.n_lookahead;
 }
 
-void laq_cache::evict_pending(int32_t seq_id) {
+void laq_cache::evict_pending(int32_t seq_id, laq_recall_when when) {
     laq_seq &     seq   = seqs[seq_id];
     const int32_t n_end = n_tokens(seq_id);
     // no more than n_lookahead tokens are ahead, or the window would not fit the budget
     const int32_t n_prompt = std::max(seq.pending->n_prompt, n_end - (int32_t) params.n_lookahead);
 
     seq.pending.reset();
-    if (n_resident(seq_id) > params.n_kv_budget) {
+    const bool recall = recalls(seq_id, when);
+    if (n_resident(seq_id) > params.n_kv_budget || recall) {
         evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false,
-                intact_from(seq_id, n_prompt), n_end });
+                intact_from(seq_id, n_prompt), n_end, recall });
     }
 }
 
@@ -180,7 +217,7 @@ bool laq_cache::can_make_room() const {
 void laq_cache::make_room() {
     for (uint32_t s = 0; s < seqs.size() && n_cells() - n_used() < n_wanted; ++s) {
         if (n_resident(s) > params.n_kv_budget) {
-            evict_to(s, params.n_kv_budget);
+            overflow(s);
         }
     }
 }

@@ -85,6 +85,14 @@ ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer) {
     return ggml_backend_buft_is_host(buft) ? ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : nullptr;
 }
 
+void laq_set_threads(ggml_backend_t backend, int n_threads) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    if (auto * set =
+            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        set(backend, n_threads);
+    }
+}
+
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside) {
     const ggml_backend_dev_t dev = laq_device_of(beside->buffer);
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
@@ -218,20 +226,14 @@ void laq_graph_reserve(laq_cache & laq) {
     res->reset();
 }
 
-// a captured query and where it is
-struct observation {
-    int32_t slot;
-    int32_t pos;
-};
-
-// Those that the eviction asks for and that are held. Of queries below n_intact the mask would not be exact: the heads
-// hold different tokens there, and the cell table names one of them.
-static std::vector<observation> observations(const laq_cache & laq, const laq_eviction & e) {
+// Of queries below n_intact the mask would not be exact: the heads hold different tokens there, and the cell table names
+// one of them.
+std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_eviction & e) {
     const laq_seq &  seq   = laq.seqs[e.seq_id];
     const laq_ring & ring  = e.scratch ? laq.scratch : seq.ring;
     const int32_t    first = std::max({ e.queries.first, seq.n_intact, e.queries.last - (int32_t) ring.pos.size() });
 
-    std::vector<observation> res;
+    std::vector<laq_observation> res;
     for (int32_t pos = first; pos < e.queries.last; ++pos) {
         const int32_t slot = ring.slot_of(pos);
         if (ring.pos[slot - ring.first] == pos) {
@@ -242,13 +244,13 @@ static std::vector<observation> observations(const laq_cache & laq, const laq_ev
 }
 
 static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_graph & sg,
-                             const std::vector<observation> & obs) {
+                             const std::vector<laq_observation> & obs) {
     const int64_t n_kv = sg.mask->ne[0];
 
     // a query sees its sequence up to its own position
     std::vector<int32_t> slots;
     std::vector<float>   mask(n_kv * obs.size(), -INFINITY);
-    for (const observation & o : obs) {
+    for (const laq_observation & o : obs) {
         for (int64_t i = 0; i < n_kv; ++i) {
             if (!laq.cells().is_empty(i) && laq.cells().seq_has(i, seq_id) && laq.cells().pos_get(i) <= o.pos) {
                 mask[slots.size() * n_kv + i] = 0.0f;
@@ -261,7 +263,7 @@ static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_
 }
 
 laq_scores laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
-    const std::vector<observation> obs = observations(*this, e);
+    const std::vector<laq_observation> obs = laq_observations(*this, e);
     if (obs.empty()) {
         return {};
     }

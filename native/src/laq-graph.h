@@ -8,6 +8,9 @@
 // the device of a buffer; the CPU's buffer type names none
 ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
 
+// threads of a backend that has such
+void laq_set_threads(ggml_backend_t backend, int n_threads);
+
 // Run a node where a tensor of the cache is. Comes after ggml_backend_sched_reset(): by itself the scheduler goes on with
 // the device of the node before, which is another one where layers are split.
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);

@@ -2,6 +2,7 @@
 
 #include "laq-api.h"
 #include "laq-cache.h"
+#include "laq-recall.h"
 
 #include "ggml-backend.h"
 #include "llama-impl.h"
@@ -46,6 +47,9 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
             case removal::SUFFIX:
                 seq.ring.forget(p0);
                 seq.remembers = false;
+                if (laq.recall) {
+                    laq.recall->archive.forget(p0);
+                }
                 if (seq.pending && p0 < seq.pending->n_prompt) {
                     seq.pending.reset();
                 }

@@ -2,10 +2,11 @@
 
 #include "laq-api.h"
 #include "laq-graph.h"
+#include "laq-move.h"
+#include "laq-recall.h"
 #include "laq-score.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -79,6 +80,42 @@ laq_status laq_get_keys(const laq_cache * laq, uint32_t ikv, float * dst, uint64
                 to_float(row.data(), dst, n_row);
             }
             dst += n_row;
+        }
+    });
+}
+
+laq_status laq_get_rows(const laq_cache * laq, uint32_t ikv, uint32_t head, bool is_v, uint8_t * dst, uint64_t n) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(dst, "dst must not be NULL");
+        laq_check(head < layer.n_head_kv, "head is not a KV head of the layer");
+        laq->ctx->synchronize();
+
+        const std::vector<uint32_t> order = laq->resident(0);
+        const laq_cell_rows         rows(*laq, ikv, is_v, 0, laq->cells().used_max_p1());
+        laq_check(n == order.size() * rows.row_size(), "dst needs n_resident rows");
+        rows.get(head, order, dst);
+    });
+}
+
+laq_status laq_get_archived(laq_cache * laq, uint32_t ikv, uint32_t head, bool is_v, int32_t pos, uint8_t * dst,
+                            uint64_t n, bool * held) {
+    return laq_guarded([&] {
+        const laq_layer & layer = layer_at(laq, ikv);
+        laq_check(laq->recall && held, "held is NULL, or there is no archive");
+        laq_check(head < layer.n_head_kv, "head is not a KV head of the layer");
+        const size_t size = ggml_row_size(laq->recall->type[is_v], is_v ? layer.n_embd_head_v : layer.n_embd_head_k);
+        laq_check(!dst || n == size, "dst needs the bytes of a row");
+
+        laq_archive & archive = laq->recall->archive;
+        *held                 = archive.has(pos);
+        if (*held && dst) {
+            std::vector<uint8_t> scratch;
+            const uint8_t *      rows = archive.part(pos / laq_archive::N_BLOCK, ikv, is_v, scratch);
+            *held                     = rows != nullptr;
+            if (rows) {
+                memcpy(dst, rows + (head * laq_archive::N_BLOCK + pos % laq_archive::N_BLOCK) * size, size);
+            }
         }
     });
 }
@@ -183,12 +220,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         set(mask, a.mask);
         set(sinks, a.sinks);
 
-        auto * reg = ggml_backend_dev_backend_reg(dev);
-        auto * set_n_threads =
-            (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-        if (set_n_threads) {
-            set_n_threads(backend.get(), a.n_threads);
-        }
+        laq_set_threads(backend.get(), a.n_threads);
         if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
             throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
         }

@@ -103,6 +103,62 @@ static void move_by_host(const laq_cache & laq, const laq_moves & moves) {
 }
 
 //
+// by rows
+//
+
+laq_cell_rows::laq_cell_rows(const laq_cache & laq, uint32_t ikv, bool is_v, uint32_t first, uint32_t last) :
+    t(is_v ? laq.v(ikv) : laq.k(ikv)) {
+    const laq_layer & layer = laq.layers[ikv];
+    const uint32_t    n     = is_v ? layer.n_embd_head_v : layer.n_embd_head_k;
+    const lane_layout l     = layout_of(t, layer.n_head_kv, n, is_v && laq.v_trans());
+
+    n_lanes = l.n_lanes_head;
+    n_row   = l.item * l.n_lanes_head;
+    lane    = l.lane;
+    cell    = l.cell;
+    item    = l.item;
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        data          = (uint8_t *) t->data;
+        n_transferred = 0;
+        return;
+    }
+    const bool whole = n_lanes > 1;
+    offset           = whole ? 0 : first * t->nb[1];
+    copy.resize(whole ? ggml_nbytes(t) : (last - first) * t->nb[1]);
+    ggml_backend_tensor_get(t, copy.data(), offset, copy.size());
+    data          = copy.data() - offset;
+    n_transferred = copy.size();
+}
+
+void laq_cell_rows::get(uint32_t head, const std::vector<uint32_t> & cells, uint8_t * dst) const {
+    for (uint32_t i = 0; i < n_lanes; ++i) {
+        const uint8_t * src = data + (head * n_lanes + i) * lane;
+        for (size_t c = 0; c < cells.size(); ++c) {
+            memcpy(dst + c * n_row + i * item, src + cells[c] * cell, item);
+        }
+    }
+}
+
+void laq_cell_rows::set(uint32_t head, const std::vector<uint32_t> & cells, const uint8_t * src) {
+    for (uint32_t i = 0; i < n_lanes; ++i) {
+        uint8_t * dst = data + (head * n_lanes + i) * lane;
+        for (size_t c = 0; c < cells.size(); ++c) {
+            memcpy(dst + cells[c] * cell, src + c * n_row + i * item, item);
+        }
+    }
+}
+
+const uint8_t * laq_cell_rows::at(uint32_t head, uint32_t c) const {
+    return n_lanes > 1 ? nullptr : data + head * lane + c * cell;
+}
+
+void laq_cell_rows::write() const {
+    if (!copy.empty()) {
+        ggml_backend_tensor_set(t, copy.data(), offset, copy.size());
+    }
+}
+
+//
 // by a graph
 //
 
@@ -266,7 +322,7 @@ static std::vector<int32_t> index_of(const cell_list & dst, const std::vector<ce
 static void move_by_graph(laq_cache & laq, const laq_moves & moves) {
     const int64_t      n   = moves.dst.back() + 1;
     llm_graph_result * res = laq.ctx->get_gf_res_reserve();
-    const move_graph   mg  = build_move_graph(laq, *res, n, laq.cells().used_max_p1());
+    const move_graph   mg  = build_move_graph(laq, *res, n, std::max<int64_t>(n, laq.cells().used_max_p1()));
     if (!ggml_backend_sched_alloc_graph(mg.sched, mg.gf)) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the graph that moves K and V");
     }

@@ -3,6 +3,7 @@
 #include "laq.h"
 
 #include "ggml-backend.h"
+#include "ggml.h"
 
 #include <cstdint>
 #include <string>
@@ -27,6 +28,34 @@ laq_mover_choice laq_choose_mover(const laq_cache & laq);
 
 // let the scheduler plan for the largest graph
 void laq_graph_reserve_moves(laq_cache & laq);
+
+// K or V of one KV layer by cells: read and written as rows [n_embd_head] of one KV head, also where V is transposed.
+class laq_cell_rows {
+  public:
+    // Cells outside [first, last) are not looked at: of a tensor that the host does not see, no more is fetched.
+    laq_cell_rows(const laq_cache & laq, uint32_t ikv, bool is_v, uint32_t first, uint32_t last);
+
+    size_t row_size() const { return n_row; }
+
+    // rows of cells, one after the other
+    void get(uint32_t head, const std::vector<uint32_t> & cells, uint8_t * dst) const;
+    void set(uint32_t head, const std::vector<uint32_t> & cells, const uint8_t * src);
+
+    // the address of a row; nullptr where V is transposed
+    const uint8_t * at(uint32_t head, uint32_t cell) const;
+
+    void write() const;  // what was set goes to the device
+
+    uint64_t n_transferred;  // bytes that were fetched to be seen by the host, 0 = it sees them anyway
+
+  private:
+    ggml_tensor *        t;
+    std::vector<uint8_t> copy;
+    uint8_t *            data;    // of cell 0, whether it was fetched or not
+    size_t               offset;  // of the copy in the tensor
+    uint32_t             n_lanes;
+    size_t               n_row, lane, cell, item;
+};
 
 // Move the cells of all layers, byte for byte. By a graph indices alone travel. Throws laq_error.
 void laq_move(laq_cache & laq, const laq_moves & moves);

@@ -3,6 +3,7 @@
 #include "laq-prompt.h"
 
 #include "laq-cache.h"
+#include "laq-recall.h"
 
 #include "ggml.h"
 #include "llama-model.h"
@@ -149,7 +150,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
     laq_chunk chunk = plan();
     if (chunk.n_tokens == 0 && p.policy != LAQ_POLICY_FULL && laq.n_resident(seq_id) > p.n_kv_budget) {
         // no cells for a probe: as if the tokens had been generated
-        laq.run_update([&] { laq.evict_to(seq_id, p.n_kv_budget); });
+        laq.run_update([&] { laq.overflow(seq_id); });
         chunk = plan();
     }
     if (chunk.n_tokens == 0) {
@@ -157,6 +158,11 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
                         "no cells for the next tokens of the prompt: " + std::to_string(laq.n_used()) + " of " +
                             std::to_string(laq.n_cells()) + " are in use, kv_budget = " +
                             std::to_string(p.n_kv_budget) + ": raise kv_staging or lower kv_budget or probe_size");
+    }
+    if (laq.recall) {
+        const uint32_t n = std::min(n_tokens, p.n_window);
+        laq.recall->tail.assign(tokens + n_tokens - n, tokens + n_tokens);
+        laq.recall->tail_end = laq.n_tokens(seq_id) + (int32_t) n_tokens;
     }
     // the end of this prompt brings its own eviction; a probe must not pass for the lookahead of the last one
     const auto pending = std::exchange(laq.seqs[seq_id].pending, std::nullopt);
@@ -177,8 +183,12 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
 // The paper's draft: the pseudo tokens are generated from a cache that SnapKV has cut, then the full one comes back.
 // Their own keys go with the small cache: the softmax that scores then runs over the prompt's keys alone.
 static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits) {
+    const bool save_archive = std::exchange(laq.save_archive, false);  // it stays where it is
+
     std::vector<uint8_t> full(laq.ctx->state_seq_get_size(seq_id, 0));
-    if (laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) != full.size()) {
+    const bool           is_saved = laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) == full.size();
+    laq.save_archive              = save_archive;
+    if (!is_saved) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "draft = snapkv: the full cache could not be set aside in host memory");
     }
     const uint32_t n_evictions = laq.stats.n_evictions;  // what is put back was not evicted
@@ -188,6 +198,9 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
         laq.keep_rings = true;  // the queries of the pseudo tokens are what all this is for
         const size_t n = laq.ctx->state_seq_set_data(seq_id, full.data(), full.size(), 0);
         laq.keep_rings = false;
+        if (laq.recall) {
+            laq.recall->archive.forget(laq.seqs[seq_id].n_intact);
+        }
         if (n != full.size()) {
             throw laq_error(LAQ_STATUS_INTERNAL, "draft = snapkv: the full cache could not be put back");
         }
@@ -208,9 +221,29 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
     return n;
 }
 
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
-    const int32_t            n_prompt = laq.n_tokens(seq_id);
-    const std::vector<float> logits   = last_logits(laq);
+// The prompt's last tokens were read while what they ask for was not there: they are read again.
+static void read_again(laq_cache & laq, int32_t seq_id) {
+    const laq_recall_state & r = *laq.recall;
+
+    const int32_t n_prompt = laq.n_tokens(seq_id);
+    const int32_t n        = r.tail.size();
+    if (n == 0 || r.tail_end != n_prompt || n_prompt - n < laq.seqs[seq_id].n_intact) {
+        return;
+    }
+    const int64_t t0 = ggml_time_us();
+    forget_from(laq, seq_id, n_prompt - n);
+    for (int32_t i = 0, n_now; i < n; i += n_now) {
+        n_now = std::min<int32_t>(n - i, laq.ctx->n_batch());
+        decode(laq, seq_id, r.tail.data() + i, n_now);
+    }
+    laq.ctx->synchronize();
+    laq.stats.n_reread += n;
+    laq.stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+}
+
+// One round: decode ahead from the logits, evict by the queries, drop what was decoded ahead.
+static void evict_by_pseudo_once(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits, bool recall) {
+    const int32_t n_prompt = laq.n_tokens(seq_id);
 
     const auto restore = [&] {
         forget_from(laq, seq_id, n_prompt);
@@ -219,16 +252,33 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
         }
     };
     try {
-        const uint32_t n_ahead = laq.params.draft == LAQ_DRAFT_SNAPKV ? decode_ahead_from_snapkv(laq, seq_id, logits)
-                                                                      : decode_ahead(laq, seq_id, logits);
+        const uint32_t n_ahead = laq.params.draft == LAQ_DRAFT_SNAPKV && laq.n_resident(seq_id) > laq.params.n_kv_budget
+                                     ? decode_ahead_from_snapkv(laq, seq_id, logits)
+                                     : decode_ahead(laq, seq_id, logits);
 
         const auto queries = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         laq.run_update([&] {
-            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, laq.intact_from(seq_id, n_prompt), n_prompt });
+            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, laq.intact_from(seq_id, n_prompt), n_prompt,
+                        recall });
         });
     } catch (...) {
         restore();
         throw;
     }
     restore();
+}
+
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
+    if (!laq.recalls(seq_id, LAQ_RECALL_TURN)) {
+        evict_by_pseudo_once(laq, seq_id, last_logits(laq), false);
+        return;
+    }
+    for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
+        const uint32_t n_before = laq.stats.n_recalls;
+        evict_by_pseudo_once(laq, seq_id, last_logits(laq), true);
+        if (laq.stats.n_recalls == n_before) {
+            return;  // what is needed is here
+        }
+        read_again(laq, seq_id);
+    }
 }

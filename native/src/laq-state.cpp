@@ -3,12 +3,15 @@
 // magic number, since upstream expects the number of streams there.
 
 #include "laq-cache.h"
+#include "laq-recall.h"
 
 #include "ggml-backend.h"
 #include "llama-io.h"
 
+#include <algorithm>
+
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 3;
+static constexpr uint32_t STATE_VERSION = 4;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -64,6 +67,25 @@ static void write_ring(const laq_cache & laq, llama_io_write_i & io, int32_t s) 
     }
 }
 
+// the archive, or that it is not there
+static void write_archive(const laq_cache & laq, llama_io_write_i & io) {
+    const bool carried = laq.recall && laq.save_archive;
+    put<uint32_t>(io, carried);
+    if (!carried) {
+        return;
+    }
+    laq_archive & archive = laq.recall->archive;
+    put<int32_t>(io, laq.recall->type[0]);
+    put<int32_t>(io, laq.recall->type[1]);
+    put<uint64_t>(io, archive.block_bytes());
+    put<uint32_t>(io, archive.n_held());
+    archive.visit([&](uint32_t index, uint64_t held, const uint8_t * bytes, size_t n) {
+        put(io, index);
+        put(io, held);
+        io.write(bytes, n);
+    });
+}
+
 void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t seq_id) {
     if (seq_id >= (int32_t) laq.seqs.size()) {
         throw std::runtime_error("sequences from n_seq_max on are not saved with kv_budget");
@@ -82,6 +104,7 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
+        write_archive(laq, io);
     }
 }
 
@@ -142,6 +165,36 @@ static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & s
     }
 }
 
+static void read_archive(const laq_cache & laq, llama_io_read_i & io, laq_saved & saved) {
+    saved.has_archive = get<uint32_t>(io) != 0;
+    if (!saved.has_archive) {
+        return;
+    }
+    if (!laq.recall) {
+        refuse("it was saved with kv_recall, and there is none here");
+    }
+    const laq_archive & archive = laq.recall->archive;
+    const int32_t       type_k  = get<int32_t>(io);
+    const int32_t       type_v  = get<int32_t>(io);
+    const uint64_t      n_bytes = get<uint64_t>(io);
+    if (type_k != laq.recall->type[0] || type_v != laq.recall->type[1] || n_bytes != archive.block_bytes()) {
+        refuse("another kv_recall_type, type_k or type_v");
+    }
+    const uint32_t n = get<uint32_t>(io);
+    for (uint32_t i = 0, next = 0; i < n; ++i) {
+        laq_archive_image & image = saved.archive.emplace_back();
+        image.index               = get<uint32_t>(io);
+        image.held                = get<uint64_t>(io);
+        // ascending, so that what a damaged state asks for is bounded
+        if (image.index < next || (int64_t) image.index * laq_archive::N_BLOCK >= laq.n_ctx) {
+            refuse("it is damaged");
+        }
+        next = image.index + 1;
+        image.bytes.resize(archive.block_bytes());
+        io.read(image.bytes.data(), image.bytes.size());
+    }
+}
+
 void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
     laq.saved.clear();
     if (seq_id >= (int32_t) laq.seqs.size()) {
@@ -178,8 +231,21 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         }
         read_origin(laq, io, s);
         read_ring(laq, io, s);
+        read_archive(laq, io, s);
     }
     laq.saved = std::move(saved);
+}
+
+static void restore_archive(laq_cache & laq, const laq_saved & saved, int64_t n_mixed) {
+    if (!laq.recall || laq.keep_rings) {
+        return;
+    }
+    laq_archive & archive = laq.recall->archive;
+    archive.restore(saved.archive);
+    if (!saved.has_archive) {
+        // of a conversation with a gap, those of the gap are counted, too
+        archive.n_lost += std::max<int64_t>(0, saved.n_intact - n_mixed) * archive.rows_of_token();
+    }
 }
 
 void laq_kv_state_done(laq_cache & laq) {
@@ -213,6 +279,7 @@ void laq_kv_state_done(laq_cache & laq) {
                 laq.layers[ikv].memory[at] = memory.empty() ? 0.0f : memory[i];
             }
         }
+        restore_archive(laq, saved, mixed.size());
     }
     laq.saved.clear();
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,15 @@ def test_a_name_may_end_in_a_type() -> None:
         "laq++@q8_0", "q8_0", True, False
     )  # fmt: skip
     assert method.config.kv_policy == "laq++" and method.config.lookahead == "pseudo"
-    assert parse_method("laq").config.draft == "snapkv", "the paper's"
+    # 4 sinks and a window of 8, with 8 of the lookahead; a window of 32 that the draft keeps
+    assert [parse_method(n).least for n in ("streaming", "laq++", "snapkv", "laq")] == [
+        12,
+        20,
+        36,
+        36,
+    ]
+    paper = parse_method("laq").config
+    assert (paper.draft, paper.follow_size) == ("snapkv", 0)
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
     assert method_names("full,laq,full") == ["full", "laq"]
     for name in METHODS:
@@ -82,6 +91,14 @@ def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFix
         assert (module.__doc__ or "").split(":")[0] in capsys.readouterr().out
     assert cli.main(["bench", "report", "none.json"]) == 2
     assert "laq-gguf bench report: no result file" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_is_no_failure() -> None:
+    def interrupted(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    module = SimpleNamespace(__doc__="X.", add_arguments=lambda parser: None, run=interrupted)
+    assert commands.main(["x"], commands={"x": module}) == 130
 
 
 def test_a_command_is_shown_without_paths_of_this_machine(tmp_path: Path, monkeypatch) -> None:

@@ -141,6 +141,7 @@ def test_no_time_is_no_row(bench, tiny: Path, tmp_path: Path) -> None:
     assert bench(*command).returncode == 0
     document = json.loads(out.read_text(encoding="utf-8"))
     assert document["settings"]["text"]["file"] == "t.txt"
+    assert not any("stopped" in note for note in document["notes"])
     full, snapkv = document["results"][:2]
     assert (full["score"], full["text"], full["n_compared"]) == (None, "", 9)
     assert (snapkv["size"], snapkv["share"], snapkv["n_kept"]) == ("80", None, 80)

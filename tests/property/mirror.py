@@ -7,7 +7,6 @@ scores that native computed (compared with its own), so that what stays has to b
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,98 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from laq_gguf.reference import KVCache, PolicyParams, Tokens
+from laq_gguf.reference import PolicyParams, Tokens
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
+from property.native_cache import NativeCache, Rows, n_always
 from tolerances import assert_equal, assert_nmse
 
 EOS = 2  # of the tiny models
 FloatArray = npt.NDArray[np.float32]
 
+#: counters that the model has as well
+COUNTED = (
+    "n_tokens", "n_resident", "n_intact", "pending", "n_evictions",
+    "n_recalls", "n_recalls_skipped", "n_lost",
+)  # fmt: skip
 #: counters that stay what they were when the context was made
 CONSTANT = ("n_cells", "n_ctx", "kv_bytes", "kv_bytes_full", "ring_bytes", "compute_bytes")
 
 numpy_llama = functools.cache(NumpyLlama)
-
-
-def n_always(params: PolicyParams) -> int:
-    """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
-    fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
-    return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)
-
-
-class NativeCache(KVCache):
-    """The reference's cache with what native has less: it keeps the queries of few tokens.
-
-    Attributes:
-        given: native's scores of the eviction that comes, (n_head_kv, n_kv) a layer; [] = native
-            has not evicted; None = the model's own are used.
-        tolerance: NMSE of them; None = not compared.
-        made: the tokens of the last `append`.
-    """
-
-    def __init__(self, params: PolicyParams, n_ring: int | None, **settings: Any) -> None:
-        """n_ring: queries kept; None = all. The others are those of KVCache."""
-        self.n_ring, self.n_evictions = n_ring, 0
-        self.given: list[FloatArray] | None = []
-        self.tolerance: float | None = None
-        super().__init__(params, **settings)
-
-    def fork(self) -> NativeCache:
-        """A copy that takes any number of tokens."""
-        fork = copy.deepcopy(self)
-        fork.n_cells, fork.n_ring, fork.pending = None, None, False
-        return fork
-
-    def append(self, tokens: Tokens) -> None:
-        self.made = tokens
-        super().append(tokens)
-
-    def clear(self) -> None:
-        n_evictions = self.n_evictions
-        super().clear()
-        self.n_evictions = n_evictions
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        super().restore({**snapshot, "n_evictions": self.n_evictions})
-
-    def remove(self, p0: int, p1: int = -1) -> bool:
-        n_end = self.n_tokens if p1 < 0 else min(p1, self.n_tokens)
-        done = super().remove(p0, p1)
-        if done and max(p0, 0) < n_end:
-            self._keep_queries(self.query_positions < p0)
-        return done
-
-    def evict(self, n_keep: int) -> None:
-        if n_keep < n_always(self.params):
-            raise ValueError(f"{n_always(self.params)} tokens are always kept, not {n_keep}")
-        super().evict(n_keep)
-
-    def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
-        before, n_ring = (self.query_positions, self.queries), self.n_ring
-        self.n_ring = None
-        try:
-            super().make_room(n_evict, probe, n_probe)
-        finally:
-            self.n_ring = n_ring
-            if probe is not None:  # its queries are kept apart
-                self.query_positions, self.queries = before
-
-    def _append_queries(self, tokens: Tokens) -> None:
-        super()._append_queries(tokens)
-        if self.n_ring is not None:
-            newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
-            self._keep_queries(np.isin(self.query_positions, list(newest.values())))
-
-    def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        own = super()._score_layer(il, used)
-        if self.given is None:
-            return own
-        assert self.given, "the model evicts and native has not"
-        assert self.given[il].shape == own.shape, f"{self.given[il].shape} scores, not {own.shape}"
-        if self.tolerance is not None:
-            assert_nmse(self.given[il], own, self.tolerance, f"scores of layer {il}")
-        return self.given[il]
 
 
 class Mirror:
@@ -121,7 +46,13 @@ class Mirror:
     """
 
     def __init__(
-        self, llm: Any, native: Any, path: Path, params: PolicyParams, tolerance: float | None
+        self,
+        llm: Any,
+        native: Any,
+        path: Path,
+        params: PolicyParams,
+        tolerance: float | None,
+        recall: str | None = None,
     ) -> None:
         """
         Args:
@@ -131,6 +62,8 @@ class Mirror:
             params: the same settings for the reference.
             tolerance: NMSE of keys, queries, logits and scores; None: K is stored in blocks, which
                 the model in numpy knows nothing of, and only compared with itself.
+            recall: when the Llama chooses again from its archive, in the cache's own type and by
+                one round; None: it has none.
         """
         self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
         self.inspector, self.eos = Inspector(llm, native), EOS
@@ -140,8 +73,11 @@ class Mirror:
             max(params.window_size, params.snapkv_window) + params.lookahead_size,
             n_cells=llm.kv_stats().n_cells,
             n_batch=llm.n_batch,
+            recall=recall,
             **self.model.shape,
         )
+        self.rows = Rows(llm, native)
+        self.tail: list[int] = []  # of the prompt that is being read
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.refused = 0, False
@@ -172,6 +108,7 @@ class Mirror:
         layers = range(self.cache.n_layer if scored else 0)
         self.cache.given = [self.inspector.scores(il) for il in layers]
         self.cache.tolerance = self.tolerance
+        self.cache.skips = self.after.n_recalls_skipped > self.before.n_recalls_skipped
         try:
             model(result)
         except ValueError as raised:
@@ -207,6 +144,8 @@ class Mirror:
         self._both(lambda: self._call["decode"](batch), model)
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
+        self.tail = tokens[-self.cache.params.window_size :].tolist()
+
         def model(n_chunk: int | None) -> None:
             cache, n_left = self.cache, len(tokens)
             if n_left == 0 or cache.n_tokens + n_left > self.first.n_ctx:
@@ -229,14 +168,21 @@ class Mirror:
 
     def prompt_end(self) -> None:
         cache, params = self.cache, self.cache.params
-        looks_ahead = params.needs_lookahead and params.lookahead != "deferred" and cache.n_over > 0
+        looks_ahead = params.needs_lookahead and params.lookahead != "deferred"
+        looks_ahead &= cache.n_over > 0 or cache.recalls("turn")
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
             cache.prompt_end(self._pseudo() if looks_ahead else None)
+            n = self.after.n_reread - self.before.n_reread
+            if n > 0:
+                assert cache.remove(cache.n_tokens - n)
+                self.logits = self.model.forward(self.tail[-n:], cache)
+                self.n_decoded += n
+                self._adopt(n)
 
         self._both(self._call["prompt_end"], model)
-        if logits is not None:
+        if logits is not None and self.after.n_reread == self.before.n_reread:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
 
     def flush(self) -> None:
@@ -247,6 +193,9 @@ class Mirror:
         self._both(
             lambda: self.llm._laq._call("laq_evict", n_keep), lambda _: self.cache.evict(n_keep)
         )
+
+    def recall(self) -> None:
+        self._both(self.llm.recall, lambda _: self.cache.recall())
 
     def set_pinned(self, spans: list[tuple[int, int]]) -> None:
         def model(_: Any) -> None:
@@ -348,12 +297,14 @@ class Mirror:
                 own = cache.queries[il][is_new]
                 assert_nmse(queries[is_new], own, self.tolerance, f"new queries of layer {il}")
             layer.k[:, -n_new:] = keys.swapaxes(0, 1)
+            for head in range(cache.n_head_kv):
+                layer.v[head, -n_new:] = self.rows.resident(il, head, True)[-n_new:]
             cache.queries[il][is_new] = queries[is_new]
 
     def check(self) -> None:
         """What native holds is what the model holds."""
         stats, cache = self.llm.kv_stats(), self.cache
-        for name in ("n_tokens", "n_resident", "n_intact", "pending", "n_evictions"):
+        for name in COUNTED:
             actual, expected = getattr(stats, name), getattr(cache, name)
             assert actual == expected, f"{name}: {actual}, the model's is {expected}"
         for name in CONSTANT:
@@ -369,3 +320,21 @@ class Mirror:
             assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
             own = np.ascontiguousarray(cache.queries[il])
             assert_equal(queries.view(np.uint32), own.view(np.uint32), f"queries of layer {il}")
+            for head in range(cache.n_head_kv):
+                values = self.rows.resident(il, head, True)
+                assert_equal(values, layer.v[head], f"values of layer {il}, head {head}")
+        self._check_archive(stats)
+
+    def _check_archive(self, stats: Any) -> None:
+        """Of what is archived, the first token, the last one and some between: byte for byte."""
+        archive = self.cache.archive
+        where = archive.positions
+        n_rows = self.cache.n_layer * self.cache.n_head_kv
+        assert stats.n_archived == len(where) * n_rows
+        for i in sorted({0, len(where) // 3, 2 * len(where) // 3, len(where) - 1}):
+            if not 0 <= i < len(where):
+                continue
+            for il, head in np.ndindex(self.cache.n_layer, self.cache.n_head_kv):
+                for is_v, rows in enumerate((archive.k, archive.v)):
+                    row = self.rows.archived(il, head, bool(is_v), int(where[i]))
+                    assert_equal(row, rows[il, head, i], f"archived position {where[i]}")

@@ -28,6 +28,7 @@ class Setup:
         rules: settings that both have, under one name.
         context: settings of the Llama alone.
         compaction: what moves K and V.
+        archive: settings of the Llama for the recall, which the model needs one of.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Setup:
     rules: dict[str, Any] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
     compaction: str = "host"
+    archive: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -45,6 +47,11 @@ class Setup:
     @property
     def params(self) -> PolicyParams:
         return PolicyParams(self.budget, policy=self.policy, seed=SEED, **self.rules)
+
+    @property
+    def recall(self) -> str | None:
+        """When both choose again from an archive."""
+        return self.archive["recall"] if self.archive else None
 
     @property
     def tolerance(self) -> float | None:
@@ -73,7 +80,9 @@ class Setup:
             "seed": SEED,
             "verbose": False,
         }
-        return Llama(str(path), **{**settings, **self.rules, **self.context, **changes})
+        return Llama(
+            str(path), **{**settings, **self.rules, **self.context, **self.archive, **changes}
+        )
 
 
 NO_FA = {"flash_attn": False}
@@ -118,5 +127,29 @@ SETUPS = (
         context={"n_batch": 48, "n_ubatch": 20, "flash_attn": False},
         compaction="graph",
     ),
+    Setup("recall", "laq++", compaction="graph", archive={"kv_recall": "ram", "recall": "turn"}),
+    Setup(
+        "recall pseudo, f32, disk",
+        "laq++",
+        cache_type="f32",
+        rules=PSEUDO,
+        context=NO_FA,
+        archive={"kv_recall": "disk", "recall": "always", "recall_rounds": 1},
+    ),
+    Setup(
+        "recall snapkv, q8_0, part on disk",
+        "snapkv",
+        cache_type="q8_0",
+        archive={"kv_recall": "ram", "kv_recall_limit": "128KiB", "recall": "always"},
+    ),
+    Setup(
+        "recall pseudo, draft snapkv",
+        "laq",
+        rules={**PSEUDO, "draft": "snapkv"},
+        context=NO_FA,
+        compaction="graph",
+        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 1},
+    ),
+    Setup("recall when told", "laq", archive={"kv_recall": "ram", "recall": "never"}),
     Setup("full", "full", context={"n_ctx": 512}),
 )

@@ -66,7 +66,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.llm = self.setup.open(self.path)
         assert self.llm.kv_stats().compaction == self.setup.compaction
         self.mirror = Mirror(
-            self.llm, self.native, self.path, self.setup.params, self.setup.tolerance
+            self.llm,
+            self.native,
+            self.path,
+            self.setup.params,
+            self.setup.tolerance,
+            self.setup.recall,
         )
         self.cache, self.rng = self.mirror.cache, np.random.default_rng(0)
         self.has_gap = False
@@ -169,6 +174,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.attempt(lambda: self.mirror.evict(n_keep))
 
     @rule()
+    def recall(self) -> None:
+        self.attempt(self.mirror.recall)
+
+    @rule()
     def flush(self) -> None:
         self.attempt(self.llm._laq.flush)
 
@@ -220,6 +229,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.llm.save_session(path)
         self.mirror.check()
         return path, self.cache.snapshot()
+
+    @rule(target=sessions)
+    def save_session_without_archive(self) -> Any:
+        path = next(self.file_names)
+        self.llm.save_session(path, archive=False)
+        self.mirror.check()
+        return path, self.cache.snapshot(archive=False)
 
     @rule(session=sessions)
     def load_session(self, session: Any) -> None:

@@ -1,0 +1,248 @@
+"""A KV cache whose evicted tokens are kept elsewhere and chosen from again.
+
+A token is archived whole, in every layer and KV head, when the intact suffix moves past it: from
+then on some heads may drop it. A re-selection scores archived and resident tokens as one set of
+keys, since attention is a softmax over all of them, and every head holds the best of both.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .attention import FloatArray, attention_scores, causal_mask
+from .cache import KVCache
+from .plan import check_pinned
+from .select import PolicyParams, Span, query_range, select_head
+
+RECALLS = ("never", "turn", "always")
+#: Of the tokens selected in the first layers this share must be new, or nothing comes back.
+RECALL_NEW, RECALL_LAYERS = 0.02, 4
+
+
+@dataclass
+class Archive:
+    """Tokens that left the intact suffix: positions (n,), ascending; k and v
+    (n_layer, n_head_kv, n, d)."""
+
+    positions: npt.NDArray[np.int32]
+    k: FloatArray
+    v: FloatArray
+
+    @classmethod
+    def empty(cls, n_layer: int, n_head_kv: int, d: int) -> Archive:
+        rows = np.zeros((n_layer, n_head_kv, 0, d), np.float32)
+        return cls(np.zeros(0, np.int32), rows, rows)
+
+    def add(self, positions: npt.NDArray[np.int32], k: FloatArray, v: FloatArray) -> None:
+        """Tokens that are not there yet; shapes as those of the archive."""
+        self.positions = np.concatenate([self.positions, positions])
+        order = np.argsort(self.positions)
+        self.positions = self.positions[order]
+        self.k = np.concatenate([self.k, k], axis=2)[:, :, order]
+        self.v = np.concatenate([self.v, v], axis=2)[:, :, order]
+
+
+@dataclass
+class Candidates:
+    """What the heads of a layer may hold, in columns of one list of positions.
+
+    held (n_head_kv, n) and resident say where a head has such a token; k and v (n_head_kv, n, d)
+    are 0 elsewhere.
+    """
+
+    positions: npt.NDArray[np.int32]
+    held: npt.NDArray[np.bool_]
+    resident: npt.NDArray[np.bool_]
+    k: FloatArray
+    v: FloatArray
+
+
+class RecallCache(KVCache):
+    """A KVCache with an archive.
+
+    Args:
+        recall: when tokens are chosen again by themselves: "never", "turn" (the end of a prompt, or
+            its lookahead), "always" (also where generated tokens find no cells). None: there is no
+            archive.
+        others: of KVCache.
+    Attributes:
+        n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
+        n_lost: rows that a snapshot did not carry.
+    """
+
+    def __init__(self, params: PolicyParams, *, recall: str | None = None, **others: Any) -> None:
+        if recall is not None and recall not in RECALLS:
+            raise ValueError(f"unknown recall {recall!r}, possible: {', '.join(RECALLS)}")
+        if recall is not None and not params.needs_queries:
+            raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
+        self.recall_when = recall
+        self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
+        super().__init__(params, **others)
+
+    def clear(self) -> None:
+        super().clear()
+        self.archive = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
+
+    def snapshot(self, archive: bool = True) -> dict[str, Any]:
+        """archive: whether the copy has it; what one has not is lost where it is restored."""
+        state = super().snapshot()
+        if archive and self.recall_when is not None:
+            state["archive"] = copy.deepcopy(self.archive)
+        return state
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        empty = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
+        super().restore({"archive": empty, **snapshot})
+        if self.recall_when is not None and "archive" not in snapshot:
+            n_held = int((self.layers[0].positions[0] < self.n_intact).sum())
+            self.n_lost += (self.n_intact - n_held) * self.n_layer * self.n_head_kv
+
+    def draft(self) -> KVCache:
+        drafted = super().draft if self.recall_when is None else self._without_archive().draft
+        return drafted()
+
+    def _without_archive(self) -> RecallCache:
+        other = copy.deepcopy(self)
+        other.recall_when = None
+        return other
+
+    def recalls(self, when: str) -> bool:
+        return (
+            self.recall_when is not None
+            and RECALLS.index(self.recall_when) >= RECALLS.index(when)
+            and len(self.archive.positions) > 0
+        )
+
+    def recall(self) -> None:
+        """Choose again now, by the last tokens decoded, or by those that an eviction waits for.
+
+        Raises:
+            ValueError: there is no archive; more cells are pinned than the budget holds.
+        """
+        if self.recall_when is None:
+            raise ValueError("there is no archive")
+        params, n_end = self.params, self.n_tokens
+        if self.pending:
+            self.flush("never")
+        elif self.recalls("never"):
+            n_prompt = max(n_end - (params.lookahead_size if params.needs_lookahead else 0), 0)
+            n_intact = self._intact(n_prompt)
+            check_pinned(params, params.budget, n_intact, n_end)
+            queries = query_range(params, n_prompt, n_end)
+            self._evict(params.budget, n_intact, queries, n_end, recall=True)
+            self.pending = False
+
+    def _evict(
+        self,
+        n_keep: int,
+        n_intact: int,
+        queries: Span,
+        n_end: int,
+        by_probe: bool = False,
+        recall: bool = False,
+    ) -> None:
+        if self.recall_when is not None:
+            self._archive_leaving(min(n_intact, n_end))
+        if not (recall and self._reselect(n_keep, n_intact, queries, n_end)):
+            if recall and int((self.layers[0].positions[0] < n_end).sum()) <= n_keep:
+                self._drop(n_end)
+                return
+            super()._evict(n_keep, n_intact, queries, n_end, by_probe)
+
+    def _drop(self, n_end: int) -> None:
+        """Tokens from n_end on were decoded ahead; nothing else changes."""
+        for layer in self.layers:
+            layer.keep(np.stack([np.flatnonzero(row < n_end) for row in layer.positions]))
+        self._keep_queries(self.query_positions < n_end)
+        self.n_tokens = n_end
+
+    def _archive_leaving(self, end: int) -> None:
+        """Archive the tokens of the intact suffix before `end`: every head holds them still."""
+        known = self.layers[0].positions[0]
+        leaves = (known >= self.n_intact) & (known < end)
+        leaves &= ~np.isin(known, self.archive.positions)
+        # the suffix is the same cells in every head
+        self.archive.add(
+            known[leaves],
+            np.stack([layer.k[:, leaves] for layer in self.layers]),
+            np.stack([layer.v[:, leaves] for layer in self.layers]),
+        )
+
+    def _candidates(self, il: int, positions: npt.NDArray[np.int32]) -> Candidates:
+        layer, archive = self.layers[il], self.archive
+        shape = (self.n_head_kv, len(positions))
+        resident = np.zeros(shape, bool)
+        held = np.broadcast_to(np.isin(positions, archive.positions), shape).copy()
+        k, v = (np.zeros((*shape, self.n_embd_head), np.float32) for _ in range(2))
+        at = np.searchsorted(positions, archive.positions)
+        k[:, at], v[:, at] = archive.k[il], archive.v[il]
+        for head, own in layer.heads():
+            at = np.searchsorted(positions, own)
+            resident[head, at] = held[head, at] = True
+            k[head, at], v[head, at] = layer.k[head], layer.v[head]
+        return Candidates(positions, held, resident, k, v)
+
+    def _score_candidates(
+        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
+    ) -> FloatArray:
+        """(n_head_kv, n), 0 where a head has no such token."""
+        mask = causal_mask(self.query_positions[used], candidates.positions)
+        absent = np.where(candidates.held, np.float32(0), np.float32(-np.inf))
+        return attention_scores(
+            self.queries[il, used].swapaxes(0, 1),
+            candidates.k.swapaxes(0, 1),
+            scale=self.scale,
+            mask=mask[None] + absent[:, None],
+            softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks[il],
+        )
+
+    def _reselect(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> bool:
+        """Every head comes to hold the best of what is archived and resident. False: nothing was
+        changed, since no query is held or too little would be new."""
+        first = max(queries[0], self.n_intact)
+        used = (self.query_positions >= first) & (self.query_positions < queries[1])
+        if not used.any():
+            return False
+        parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]
+        positions = np.unique(np.concatenate(parts)).astype(np.int32)
+        layers = [self._candidates(il, positions) for il in range(self.n_layer)]
+        may_stay = positions < n_end
+        n_least = min(int((c.held & may_stay).sum(axis=1).min()) for c in layers)
+        params = replace(self.params, budget=min(n_keep, n_least))
+        scores, kept = [], []
+        for il, candidates in enumerate(layers):
+            raw = self._score_candidates(il, used, candidates)
+            scores.append(raw)
+            columns = []
+            for head in range(self.n_head_kv):
+                own = np.flatnonzero(candidates.held[head] & may_stay)
+                rank = (params, positions[own], n_intact, raw[head, own])
+                columns.append(own[select_head(*rank, ikv=il, head=head)])
+            kept.append(np.stack(columns))
+        if not self._is_new(layers, kept):
+            self.n_recalls_skipped += 1
+            return False
+        for layer, candidates, columns in zip(self.layers, layers, kept, strict=True):
+            layer.positions = positions[columns]
+            layer.k = np.take_along_axis(candidates.k, columns[:, :, None], axis=1)
+            layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
+            layer.memory = np.zeros(columns.shape, np.float32)
+        self.n_intact, self.remembers, self.pending = n_intact, False, False
+        self._keep_queries(self.query_positions < n_end)
+        self.n_tokens, self.scores = n_end, scores
+        self.n_evictions += 1
+        self.n_recalls += 1
+        return True
+
+    def _is_new(self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]) -> bool:
+        """Whether enough of what is selected in the first layers is not resident."""
+        first = list(zip(layers, kept, strict=True))[:RECALL_LAYERS]
+        n_same = sum(int(np.take_along_axis(c.resident, k, axis=1).sum()) for c, k in first)
+        n_all = sum(k.size for _, k in first)
+        return n_all - n_same >= RECALL_NEW * n_all

@@ -1,0 +1,104 @@
+#pragma once
+
+// Storage of K and V rows that left the cells: in host memory up to a limit, then in a file. No ggml, no llama.
+//
+// A token is archived whole: its rows of all layers and KV heads at once, in blocks of N_BLOCK positions. So the origin
+// of a row is where it lies, [block][layer][K, V][KV head][position in the block], and a bit says which positions are
+// there. A block in the file has a checksum for each part; one that does not fit is lost and never given out.
+
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+// bytes of the rows of one KV head
+struct laq_archive_layer {
+    uint32_t n_head_kv;
+    size_t   row[2];  // K, V
+};
+
+// a block as a saved state carries it
+struct laq_archive_image {
+    uint32_t             index;
+    uint64_t             held;
+    std::vector<uint8_t> bytes;
+};
+
+class laq_archive {
+  public:
+    static constexpr int32_t N_BLOCK = 64;  // positions of a block: the bits of `held`
+
+    // limit: bytes in host memory, UINT64_MAX = any; folder: of the file, "" = there is none and what is beyond the limit
+    // is dropped; warn: is told what was lost
+    laq_archive(std::vector<laq_archive_layer> layers, uint64_t limit, std::string folder,
+                std::function<void(const std::string &)> warn);
+    ~laq_archive();
+
+    laq_archive(const laq_archive &)             = delete;
+    laq_archive & operator=(const laq_archive &) = delete;
+
+    bool                 has(int32_t pos) const;
+    std::vector<int32_t> positions() const;  // ascending
+
+    // Add tokens, in three steps: room for their positions (ascending, none is held); the caller writes each row; close.
+    void      open(const std::vector<int32_t> & positions);
+    uint8_t * row(int32_t pos, uint32_t ikv, int part, uint32_t head);
+    void      close(const std::vector<int32_t> & positions);
+
+    // The rows of one part of a block: [n_head_kv][N_BLOCK]; read from the file into scratch where they are there.
+    // nullptr: the file does not hold what was written; the block is lost then.
+    const uint8_t * part(uint32_t block, uint32_t ikv, int part, std::vector<uint8_t> & scratch);
+
+    void forget(int32_t pos);  // positions from here on are gone
+    void clear();
+
+    // what a saved state carries: calls visit(index, held, bytes, n_bytes) for every block
+    void visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit);
+    void restore(const std::vector<laq_archive_image> & images);
+
+    uint32_t n_blocks() const { return blocks.size(); }
+    uint32_t n_held() const;  // blocks that hold a position
+    size_t   block_bytes() const { return n_bytes; }
+    uint64_t rows_of_token() const { return n_rows; }
+    uint64_t n_archived() const;  // rows
+
+    uint64_t bytes_in_memory() const { return n_in_memory * n_bytes; }
+    uint64_t bytes_in_file() const { return n_slots * n_bytes; }
+
+    uint64_t n_lost = 0;  // rows
+
+  private:
+    struct block {
+        uint64_t                   held = 0;  // a bit for each position
+        std::unique_ptr<uint8_t[]> data;
+        int64_t                    slot = -1;  // in the file
+        std::vector<uint64_t>      sums;       // of each part in the file
+    };
+
+    std::vector<laq_archive_layer> layers;
+    std::vector<size_t>            offsets;  // of each part in a block, and the end
+    size_t                         n_bytes;
+    uint64_t                       n_rows = 0;
+    uint64_t                       limit;
+    uint64_t                       n_in_memory = 0;  // blocks
+    std::vector<block>             blocks;           // by position / N_BLOCK
+
+    std::string                              folder;
+    std::string                              path;
+    std::FILE *                              file    = nullptr;
+    uint64_t                                 n_slots = 0;
+    std::vector<int64_t>                     free_slots;
+    std::function<void(const std::string &)> warn;
+
+    void allocate(block & b, bool zero);
+    bool load(block & b);
+    bool store(block & b);
+    void shrink();
+    void drop(block & b);
+    void lose(block & b, const std::string & why);
+    void open_file();
+    void close_file();
+    bool seek(const block & b, size_t offset);
+};

@@ -1,0 +1,561 @@
+// The archive and the choice from it. What is archived is a prefix of the sequence, but for what was lost; every head holds
+// some of it, and all of what comes after it.
+
+#include "laq-recall.h"
+
+#include "laq-graph.h"
+#include "laq-move.h"
+#include "laq-score.h"
+
+#include "ggml-backend.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+
+//
+// construction
+//
+
+static std::vector<laq_archive_layer> archive_layers(const laq_cache & laq, const ggml_type * type) {
+    std::vector<laq_archive_layer> res;
+    for (const laq_layer & layer : laq.layers) {
+        res.push_back({ layer.n_head_kv,
+                        { ggml_row_size(type[0], layer.n_embd_head_k), ggml_row_size(type[1], layer.n_embd_head_v) } });
+    }
+    return res;
+}
+
+static ggml_type archive_type(const laq_cache & laq, const ggml_tensor * t, uint32_t n_embd_head) {
+    if (laq.params.archive_type < 0) {
+        return t->type;
+    }
+    const ggml_type type = (ggml_type) laq.params.archive_type;
+    const auto      fits = [&] {
+        const ggml_type_traits * traits = ggml_get_type_traits(type);
+        return (type == GGML_TYPE_F32 || (traits->to_float && traits->from_float_ref)) &&
+               n_embd_head % ggml_blck_size(type) == 0 &&
+               ggml_row_size(type, n_embd_head) <= ggml_row_size(t->type, n_embd_head);
+    };
+    if (type != t->type && (type >= GGML_TYPE_COUNT || !fits())) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "kv_recall_type cannot hold heads of " + std::to_string(n_embd_head) + " from a cache of " +
+                            ggml_type_name(t->type) + " in fewer bytes: leave it out for the cache's own type");
+    }
+    return type;
+}
+
+static const laq_cache & checked(const laq_cache & laq) {
+    if (laq.seqs.size() != 1) {
+        throw laq_error(LAQ_STATUS_UNSUPPORTED, "kv_recall takes a context of one sequence (n_seq_max = 1)");
+    }
+    if (!laq_policy_needs_queries(laq.params)) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
+                        "kv_recall chooses by attention: use kv_policy = laq, laq++ or snapkv");
+    }
+    return laq;
+}
+
+laq_recall_state::laq_recall_state(const laq_cache & laq) :
+    type{ archive_type(checked(laq), laq.k(0), laq.layers[0].n_embd_head_k),
+          archive_type(laq, laq.v(0), laq.layers[0].n_embd_head_v) },
+    archive(archive_layers(laq, type), laq.params.archive_limit,
+            laq.params.archive_folder ? laq.params.archive_folder : "",
+            [](const std::string & what) { LLAMA_LOG_WARN("laq_archive: %s\n", what.c_str()); }),
+    cpu(ggml_backend_dev_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), nullptr)) {
+    if (!cpu) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "the CPU backend, which scores what is archived, could not be made");
+    }
+    laq_set_threads(cpu.get(), laq.ctx->get_cparams().n_threads_batch);
+}
+
+bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {
+    return recall && seq_id == 0 && params.recall >= when && recall->archive.n_held() > 0;
+}
+
+//
+// rows of one type as rows of another
+//
+
+static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n) {
+    if (from == to) {
+        memcpy(dst, src, ggml_row_size(from, n));
+        return;
+    }
+    std::vector<float> values(n);
+    if (from == GGML_TYPE_F32) {
+        memcpy(values.data(), src, n * sizeof(float));
+    } else {
+        ggml_get_type_traits(from)->to_float(src, values.data(), n);
+    }
+    if (to == GGML_TYPE_F32) {
+        memcpy(dst, values.data(), n * sizeof(float));
+    } else {
+        ggml_get_type_traits(to)->from_float_ref(values.data(), dst, n);
+    }
+}
+
+static const ggml_tensor * tensor_of(const laq_cache & laq, uint32_t ikv, int part) {
+    return part == 0 ? laq.k(ikv) : laq.v(ikv);
+}
+
+static int64_t n_embd_of(const laq_cache & laq, uint32_t ikv, int part) {
+    return part == 0 ? laq.layers[ikv].n_embd_head_k : laq.layers[ikv].n_embd_head_v;
+}
+
+//
+// to the archive
+//
+
+static void archive_rows(laq_cache & laq, const std::vector<int32_t> & pos, const std::vector<uint32_t> & cells) {
+    laq_recall_state & r     = *laq.recall;
+    const auto [first, last] = std::minmax_element(cells.begin(), cells.end());
+
+    r.archive.open(pos);
+    std::vector<uint8_t> rows;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (int part = 0; part < 2; ++part) {
+            const ggml_type     type = tensor_of(laq, ikv, part)->type;
+            const int64_t       n    = n_embd_of(laq, ikv, part);
+            const laq_cell_rows view(laq, ikv, part == 1, *first, *last + 1);
+            for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+                rows.resize(cells.size() * view.row_size());
+                view.get(h, cells, rows.data());
+                for (size_t i = 0; i < cells.size(); ++i) {
+                    convert(type, rows.data() + i * view.row_size(), r.type[part], r.archive.row(pos[i], ikv, part, h),
+                            n);
+                }
+                laq.stats.bytes_down += view.n_transferred ? 0 : rows.size();
+            }
+            laq.stats.bytes_down += view.n_transferred;
+        }
+    }
+    r.archive.close(pos);
+}
+
+void laq_archive_leaving(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order) {
+    constexpr size_t N_STEP = 1024;  // tokens that are in host memory at least, whatever the limit
+
+    laq_archive &        archive = laq.recall->archive;
+    const int32_t        begin   = laq.seqs[e.seq_id].n_intact;
+    const int32_t        end     = std::min(e.n_intact, e.n_end);
+    std::vector<int32_t> pos;
+    for (size_t i = 0; i < order.size();) {
+        std::vector<uint32_t> cells;
+        for (pos.clear(); i < order.size() && pos.size() < N_STEP; ++i) {
+            const int32_t p = laq.cells().pos_get(order[i]);
+            if (p >= begin && p < end && !archive.has(p)) {
+                pos.push_back(p);
+                cells.push_back(order[i]);
+            }
+        }
+        if (pos.empty()) {
+            continue;
+        }
+        try {
+            archive_rows(laq, pos, cells);
+        } catch (const std::bad_alloc &) {
+            archive.n_lost += pos.size() * archive.rows_of_token();
+            LLAMA_LOG_WARN("%s: %zu tokens are lost: no host memory; set kv_recall_limit\n", __func__, pos.size());
+        }
+    }
+}
+
+//
+// from the archive
+//
+
+namespace {
+
+// one part of a layer in the blocks of the archive: where each begins
+struct archive_part {
+    std::vector<std::vector<uint8_t>> from_file;
+    std::vector<const uint8_t *>      base;
+
+    // false: a block was lost
+    bool read(laq_archive & archive, uint32_t ikv, int part, const std::vector<uint8_t> & wanted) {
+        from_file.resize(wanted.size());
+        base.assign(wanted.size(), nullptr);
+        for (uint32_t i = 0; i < wanted.size(); ++i) {
+            if (wanted[i] && !(base[i] = archive.part(i, ikv, part, from_file[i]))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    const uint8_t * row(uint32_t head, int32_t pos, size_t size) const {
+        const int32_t n = laq_archive::N_BLOCK;
+        return base[pos / n] + ((size_t) head * n + pos % n) * size;
+    }
+};
+
+// the archived rows that come back to one layer: K and V of each head, in the cache's type and in order of position
+struct recalled_layer {
+    std::vector<std::vector<uint8_t>> bytes[2];
+};
+
+// a re-selection while it is made
+struct reselection {
+    laq_cache &                          laq;
+    const laq_eviction &                 e;
+    const std::vector<uint32_t> &        order;
+    const std::vector<laq_observation> & obs;
+
+    laq_params           params;
+    std::vector<int32_t> archived;
+    std::vector<float>   mask;  // [n_q][n_kv] of the head that `masked` are the positions of
+    std::vector<int32_t> masked;
+    size_t               n_same = 0;  // of the rows selected in the first layers, those that are resident
+    size_t               n_all  = 0;
+
+    laq_rows                        rows;
+    std::vector<recalled_layer>     recalled;
+    std::vector<std::vector<float>> scores;      // per layer: those of its heads, one after the other
+    laq_rows                        candidates;  // while debugging
+
+    enum class result { DONE, SAME, LOST };
+
+    reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
+                const std::vector<laq_observation> & obs) :
+        laq(laq), e(e), order(order), obs(obs), params(laq.params_of(e.seq_id)) {}
+
+    result run();
+    void   keep_scores() const;
+
+  private:
+    uint32_t             n_kept() const;
+    std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
+    void                 gather(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const archive_part & keys,
+                                const laq_cell_rows & cells, std::vector<uint8_t> & dst) const;
+    void                 set_mask(const std::vector<laq_row> & rows);
+    void      score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
+                    const std::vector<float> & queries, float * dst);
+    void      choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool      fetch(uint32_t ikv, const archive_part & keys);
+    result    run_layer(uint32_t ikv);
+    ggml_type key_type(uint32_t ikv) const;
+};
+
+// archived and resident keys are one set: they have the cache's type, or both become F32
+ggml_type reselection::key_type(uint32_t ikv) const {
+    const ggml_type type = laq.k(ikv)->type;
+    return laq.recall->type[0] == type ? type : GGML_TYPE_F32;
+}
+
+// tokens that every head can hold, at most what the eviction asks for
+uint32_t reselection::n_kept() const {
+    uint32_t n_own = 0;
+    for (const uint32_t cell : order) {
+        n_own += laq.cells().pos_get(cell) < e.n_end;
+    }
+    uint32_t n_least = UINT32_MAX;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+            uint32_t n_both = 0;
+            for (const uint32_t cell : order) {
+                n_both += laq.recall->archive.has(laq.pos_at(e.seq_id, ikv, h, cell));
+            }
+            n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
+        }
+    }
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size();
+    return std::min({ e.n_keep, n_least, n_room });
+}
+
+// what a head may choose from, and pseudo tokens: in order of position
+std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const {
+    std::vector<laq_row> res;
+    res.reserve(archived.size() + order.size());
+    auto next = archived.begin();
+    for (const uint32_t cell : order) {
+        const int32_t pos = laq.pos_at(e.seq_id, ikv, h, cell);
+        for (; next != archived.end() && *next < pos; ++next) {
+            res.push_back({ *next, -1 });
+        }
+        next += next != archived.end() && *next == pos;
+        res.push_back({ pos, (int32_t) cell });
+    }
+    for (; next != archived.end(); ++next) {
+        res.push_back({ *next, -1 });
+    }
+    return res;
+}
+
+void reselection::gather(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h, const archive_part & keys,
+                         const laq_cell_rows & cells, std::vector<uint8_t> & dst) const {
+    const ggml_type type     = key_type(ikv);
+    const ggml_type archived = laq.recall->type[0];
+    const int64_t   n        = n_embd_of(laq, ikv, 0);
+    const size_t    n_row    = ggml_row_size(type, n);
+    const size_t    n_there  = ggml_row_size(archived, n);
+
+    dst.resize(of_head.size() * n_row);
+    for (size_t i = 0; i < of_head.size(); ++i) {
+        const laq_row & row = of_head[i];
+        if (row.cell >= 0) {
+            convert(laq.k(ikv)->type, cells.at(h, row.cell), type, dst.data() + i * n_row, n);
+        } else {
+            convert(archived, keys.row(h, row.pos, n_there), type, dst.data() + i * n_row, n);
+        }
+    }
+}
+
+// a query sees up to its own position; archived tokens are before all queries
+void reselection::set_mask(const std::vector<laq_row> & of_head) {
+    const size_t n    = of_head.size();
+    const auto   same = [&](int32_t p, const laq_row & row) { return p == row.pos; };
+    if (masked.size() == n && std::equal(masked.begin(), masked.end(), of_head.begin(), same)) {
+        return;
+    }
+    masked.clear();
+    for (const laq_row & row : of_head) {
+        masked.push_back(row.pos);
+    }
+    mask.assign(obs.size() * n, 0.0f);
+    for (size_t j = 0; j < obs.size(); ++j) {
+        const auto end = std::upper_bound(masked.begin(), masked.end(), obs[j].pos);
+        std::fill(mask.begin() + j * n + (end - masked.begin()), mask.begin() + (j + 1) * n, -INFINITY);
+    }
+}
+
+void reselection::score(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
+                        const std::vector<uint8_t> & keys, const std::vector<float> & queries, float * dst) {
+    const laq_layer & layer   = laq.layers[ikv];
+    const int64_t     n_kv    = of_head.size();
+    const int64_t     n_q     = obs.size();
+    const int64_t     d       = layer.n_embd_head_k;
+    const int64_t     n_group = layer.n_head / layer.n_head_kv;
+
+    ggml_context_ptr ctx(ggml_init({ 16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_context *   c    = ctx.get();
+    const auto       over = [&](ggml_tensor * t, const void * data) {
+        t->data = const_cast<void *>(data);
+        return t;
+    };
+    std::vector<float> sinks(layer.sinks ? layer.n_head : 0);
+    ggml_tensor *      sink = nullptr;
+    if (layer.sinks) {
+        ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, sinks.size() * sizeof(float));
+        sink = over(ggml_new_tensor_1d(c, GGML_TYPE_F32, n_group), sinks.data() + h * n_group);
+    }
+    ggml_tensor * q = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, d, layer.n_head, n_q), queries.data());
+    ggml_tensor * k = over(ggml_new_tensor_2d(c, key_type(ikv), d, n_kv), keys.data());
+    ggml_tensor * m = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, n_kv, n_q), mask.data());
+
+    q = ggml_view_3d(c, q, d, n_q, n_group, q->nb[2], q->nb[1], h * n_group * q->nb[1]);
+
+    ggml_tensor * res = over(ggml_laq_score(c, q, k, m, sink, layer.kq_scale, layer.softcap), dst);
+    ggml_cgraph * gf  = ggml_new_graph(c);
+    ggml_build_forward_expand(gf, res);
+    if (ggml_backend_graph_compute(laq.recall->cpu.get(), gf) != GGML_STATUS_SUCCESS) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph of the archive failed");
+    }
+}
+
+void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
+    std::vector<int32_t> pos;
+    for (const laq_row & row : of_head) {
+        if (row.pos < e.n_end) {
+            pos.push_back(row.pos);
+        }
+    }
+    std::vector<laq_row> & chosen = rows[ikv].emplace_back();
+    for (const uint32_t i : laq_keep_of_head(params, ikv, h, { pos.data(), s, (uint32_t) pos.size(), e.n_intact }, 0)) {
+        chosen.push_back(of_head[i]);
+        n_same += of_head[i].cell >= 0;
+        ++n_all;
+    }
+}
+
+// false: a block was lost
+bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
+    laq_archive &        archive = laq.recall->archive;
+    std::vector<uint8_t> wanted(archive.n_blocks());
+    for (const std::vector<laq_row> & of_head : rows[ikv]) {
+        for (const laq_row & row : of_head) {
+            if (row.cell < 0) {
+                wanted[row.pos / laq_archive::N_BLOCK] = 1;
+            }
+        }
+    }
+    archive_part values;
+    if (!values.read(archive, ikv, 1, wanted)) {
+        return false;
+    }
+    for (int part = 0; part < 2; ++part) {
+        const archive_part & from  = part == 0 ? keys : values;
+        const ggml_type      type  = tensor_of(laq, ikv, part)->type;
+        const ggml_type      there = laq.recall->type[part];
+        const int64_t        n     = n_embd_of(laq, ikv, part);
+        const size_t         n_row = ggml_row_size(type, n);
+        for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
+            std::vector<uint8_t> & dst = recalled[ikv].bytes[part].emplace_back();
+            for (const laq_row & row : rows[ikv][h]) {
+                if (row.cell < 0) {
+                    dst.resize(dst.size() + n_row);
+                    convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type, &*dst.end() - n_row, n);
+                }
+            }
+        }
+    }
+    return true;
+}
+
+std::vector<float> queries_of(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) {
+    const laq_layer &  layer = laq.layers[ikv];
+    const size_t       n_row = (size_t) layer.n_head * layer.n_embd_head_k;
+    std::vector<float> res(obs.size() * n_row);
+    for (size_t j = 0; j < obs.size(); ++j) {
+        ggml_backend_tensor_get(layer.ring, res.data() + j * n_row, obs[j].slot * layer.ring->nb[1],
+                                n_row * sizeof(float));
+    }
+    return res;
+}
+
+reselection::result reselection::run_layer(uint32_t ikv) {
+    laq_archive &        archive = laq.recall->archive;
+    std::vector<uint8_t> wanted(archive.n_blocks());
+    for (const int32_t pos : archived) {
+        wanted[pos / laq_archive::N_BLOCK] = 1;
+    }
+    archive_part keys;
+    if (!keys.read(archive, ikv, 0, wanted)) {
+        return result::LOST;
+    }
+    const laq_cell_rows      cells(laq, ikv, false, 0, laq.cells().used_max_p1());
+    const std::vector<float> queries = queries_of(laq, ikv, obs);
+    std::vector<uint8_t>     gathered;
+    for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+        std::vector<laq_row> of_head = candidates_of(ikv, h);
+        gather(of_head, ikv, h, keys, cells, gathered);
+        set_mask(of_head);
+        const size_t begin = scores[ikv].size();
+        scores[ikv].resize(begin + of_head.size());
+        score(of_head, ikv, h, gathered, queries, scores[ikv].data() + begin);
+        choose(of_head, scores[ikv].data() + begin, ikv, h);
+        if (laq.debug) {
+            candidates[ikv].push_back(std::move(of_head));
+        }
+    }
+    if (ikv + 1 == std::min<uint32_t>(LAQ_RECALL_LAYERS, laq.layers.size()) &&
+        n_all - n_same < LAQ_RECALL_NEW * n_all) {
+        return result::SAME;
+    }
+    return fetch(ikv, keys) ? result::DONE : result::LOST;
+}
+
+reselection::result reselection::run() {
+    archived           = laq.recall->archive.positions();
+    params.n_kv_budget = n_kept();
+    const size_t n     = laq.layers.size();
+    n_same = n_all = 0;
+    masked.clear();
+    rows.assign(n, {});
+    recalled.assign(n, {});
+    scores.assign(n, {});
+    candidates.assign(n, {});
+    for (uint32_t ikv = 0; ikv < n; ++ikv) {
+        const result res = run_layer(ikv);
+        if (res != result::DONE) {
+            return res;
+        }
+    }
+    return result::DONE;
+}
+
+// one column for each token that some head could choose
+void reselection::keep_scores() const {
+    std::set<int32_t> all;
+    for (const auto & layer : candidates) {
+        for (const auto & of_head : layer) {
+            for (const laq_row & row : of_head) {
+                all.insert(row.pos);
+            }
+        }
+    }
+    const std::vector<int32_t> pos(all.begin(), all.end());
+    laq.scores.clear();
+    for (uint32_t ikv = 0; ikv < candidates.size(); ++ikv) {
+        std::vector<float> & dst = laq.scores.emplace_back(candidates[ikv].size() * pos.size());
+        size_t               i   = 0;
+        for (uint32_t h = 0; h < candidates[ikv].size(); ++h) {
+            for (const laq_row & row : candidates[ikv][h]) {
+                const size_t at = std::lower_bound(pos.begin(), pos.end(), row.pos) - pos.begin();
+
+                dst[h * pos.size() + at] = scores[ikv][i++];
+            }
+        }
+    }
+}
+
+// the rows that come back go to the cells that were prepared for them
+void upload(laq_cache & laq, const std::vector<uint32_t> & dst, const reselection & s) {
+    std::vector<uint32_t> cells;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (int part = 0; part < 2; ++part) {
+            laq_cell_rows view(laq, ikv, part == 1, 0, dst.back() + 1);
+            uint64_t      n_bytes = 0;
+            for (uint32_t h = 0; h < s.rows[ikv].size(); ++h) {
+                cells.clear();
+                for (size_t i = 0; i < dst.size(); ++i) {
+                    if (s.rows[ikv][h][i].cell < 0) {
+                        cells.push_back(dst[i]);
+                    }
+                }
+                view.set(h, cells, s.recalled[ikv].bytes[part][h].data());
+                n_bytes += s.recalled[ikv].bytes[part][h].size();
+                laq.stats.n_recalled += part == 0 ? cells.size() : 0;
+            }
+            if (n_bytes > 0) {
+                view.write();
+                laq.stats.bytes_up += view.n_transferred ? view.n_transferred : n_bytes;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
+                         const std::vector<uint8_t> & own) {
+    if (std::count(own.begin(), own.end(), 0) > 0) {
+        LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
+                       __func__);
+        return false;
+    }
+    const std::vector<laq_observation> obs = laq_observations(*this, e);
+    if (obs.empty()) {
+        return false;
+    }
+    const int64_t t0 = ggml_time_us();
+    ctx->synchronize();
+
+    reselection s(*this, e, order, obs);
+    auto        res = s.run();
+    // a block of the file that is lost is no longer there to be chosen from
+    while (res == reselection::result::LOST) {
+        res = s.run();
+    }
+    if (res == reselection::result::SAME) {
+        ++stats.n_recalls_skipped;
+    } else {
+        if (debug) {
+            s.keep_scores();
+        }
+        const std::vector<uint32_t> dst = compact(e, order, own, s.rows);
+        if (!dst.empty()) {
+            upload(*this, dst, s);
+        }
+        laq_seq & seq = seqs[e.seq_id];
+        seq.n_intact  = e.n_intact;
+        seq.remembers = false;
+        seq.ring.forget(e.n_end);
+        ++stats.n_recalls;
+        ++stats.n_evictions;
+    }
+    stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+    return res == reselection::result::DONE;
+}

@@ -1,0 +1,29 @@
+#pragma once
+
+// Recall: tokens that left the cells are kept outside of the device's memory and chosen from again. Internal to libllama.
+
+#include "laq-archive.h"
+#include "laq-cache.h"
+
+#include "ggml-cpp.h"
+
+// Of a selection's rows so many must be new, in the first layers, or nothing is brought back.
+constexpr double   LAQ_RECALL_NEW    = 0.02;
+constexpr uint32_t LAQ_RECALL_LAYERS = 4;
+
+// the archive of the one sequence that a context with an archive has
+struct laq_recall_state {
+    ggml_type        type[2];  // of archived K and V
+    laq_archive      archive;
+    ggml_backend_ptr cpu;  // scores archived keys
+
+    // the last tokens of the prompt that is being read, and one past their position: they are read again
+    std::vector<llama_token> tail;
+    int32_t                  tail_end = 0;
+
+    // throws laq_error
+    explicit laq_recall_state(const laq_cache & laq);
+};
+
+// Archive the tokens that every head holds so far and that an eviction lets go. What finds no memory is lost.
+void laq_archive_leaving(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order);
