@@ -214,7 +214,7 @@ class Whole:
                 result.append(np.stack(rows))
             else:
                 path = piece.path
-                result.append(led(self._decoder, first, path))
+                result.append(self._along(first, path))
             self.paths.append(path)
         return result
 
@@ -224,8 +224,12 @@ class Whole:
         for i, path in enumerate(self.paths):
             first = self._start(i, budget, self._args.policy)
             self.sizes = _sizes(self._decoder, budget)
-            result.append(led(self._decoder, first, path))
+            result.append(self._along(first, path))
         return result
+
+    def _along(self, first: Logits, path: list[int]) -> Logits:
+        """Logits (n, n_vocab) along a path, decoded at once: there are cells for all of it."""
+        return np.concatenate([first[None], self._decoder.decode(path[:-1])])
 
     def _start(self, i: int, budget: int, policy: str) -> Logits:
         """Bring the cache to the end of a piece and evict it; the logits of the next token."""
