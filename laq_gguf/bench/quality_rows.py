@@ -204,6 +204,7 @@ class Measurement:
         facts: dict[str, Any] = {"budget": budget, "ms_evict": reader.start(method, budget)}
         if method.evicts and method.config.lookahead == "deferred":
             reply = self._follow(reader, method, budget, prompt, full, stepwise=True)
+            reader.decoder.flush()  # a reply shorter than the lookahead leaves an eviction waiting
             kept, stats = reader.decoder.llm.kept_positions(), reader.stats()
         else:
             kept, stats = reader.decoder.llm.kept_positions(), reader.stats()
