@@ -102,3 +102,9 @@ def check_pinned(params: PolicyParams, n_keep: int, n_intact: int, n_end: int) -
             f"{n_end - n_intact}, spans {list(params.pinned)}), {what} {n_keep}: "
             f"raise the budget or pin less"
         )
+
+
+def n_always(params: PolicyParams) -> int:
+    """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
+    fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
+    return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)

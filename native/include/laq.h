@@ -3,7 +3,8 @@
 // Make the context with as many cells (llama_context_params::n_ctx) as the memory may hold: n_kv_budget tokens and room
 // for what comes next. Whatever is decoded then, nothing more is allocated: a prompt of any length is read chunk by
 // chunk, and each sequence comes down to n_kv_budget tokens per layer and KV head when its prompt has been read and
-// whenever the cells are full.
+// whenever the cells are full. With an archive (laq_params::archive) what goes is kept outside of the device's memory, and
+// chosen from again.
 //
 //     for (uint32_t i = 0, n; i < n_prompt; i += n) {
 //         laq_prompt_next(laq, 0, prompt + i, n_prompt - i, &n);

@@ -290,6 +290,9 @@ void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots
         }
     }
     stats.n_decoded += ubatch.n_tokens;
+    if (recall && !probing) {
+        recall->note(ubatch);
+    }
 }
 
 void laq_cache::reset(int32_t seq_id) {
@@ -301,6 +304,7 @@ void laq_cache::reset(int32_t seq_id) {
         seq.ring.forget(0);
         if (recall) {
             recall->archive.clear();
+            recall->forget(0);
         }
     }
 }

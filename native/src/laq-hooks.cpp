@@ -49,6 +49,7 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
                 seq.remembers = false;
                 if (laq.recall) {
                     laq.recall->archive.forget(p0);
+                    laq.recall->forget(p0);
                 }
                 if (seq.pending && p0 < seq.pending->n_prompt) {
                     seq.pending.reset();

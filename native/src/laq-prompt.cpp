@@ -159,11 +159,6 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
                             std::to_string(laq.n_cells()) + " are in use, kv_budget = " +
                             std::to_string(p.n_kv_budget) + ": raise kv_staging or lower kv_budget or probe_size");
     }
-    if (laq.recall) {
-        const uint32_t n = std::min(n_tokens, p.n_window);
-        laq.recall->tail.assign(tokens + n_tokens - n, tokens + n_tokens);
-        laq.recall->tail_end = laq.n_tokens(seq_id) + (int32_t) n_tokens;
-    }
     // the end of this prompt brings its own eviction; a probe must not pass for the lookahead of the last one
     const auto pending = std::exchange(laq.seqs[seq_id].pending, std::nullopt);
     laq.seqs[seq_id].remembers &= !pending;
@@ -223,18 +218,17 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
 
 // The prompt's last tokens were read while what they ask for was not there: they are read again.
 static void read_again(laq_cache & laq, int32_t seq_id) {
-    const laq_recall_state & r = *laq.recall;
-
-    const int32_t n_prompt = laq.n_tokens(seq_id);
-    const int32_t n        = r.tail.size();
-    if (n == 0 || r.tail_end != n_prompt || n_prompt - n < laq.seqs[seq_id].n_intact) {
+    const int32_t                  n_prompt = laq.n_tokens(seq_id);
+    const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt);
+    const int32_t                  n        = tail.size();
+    if (n == 0) {
         return;
     }
     const int64_t t0 = ggml_time_us();
     forget_from(laq, seq_id, n_prompt - n);
     for (int32_t i = 0, n_now; i < n; i += n_now) {
         n_now = std::min<int32_t>(n - i, laq.ctx->n_batch());
-        decode(laq, seq_id, r.tail.data() + i, n_now);
+        decode(laq, seq_id, tail.data() + i, n_now);
     }
     laq.ctx->synchronize();
     laq.stats.n_reread += n;
@@ -256,11 +250,13 @@ static void evict_by_pseudo_once(laq_cache & laq, int32_t seq_id, const std::vec
                                      ? decode_ahead_from_snapkv(laq, seq_id, logits)
                                      : decode_ahead(laq, seq_id, logits);
 
-        const auto queries = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
-        laq.run_update([&] {
-            laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, laq.intact_from(seq_id, n_prompt), n_prompt,
-                        recall });
-        });
+        const auto queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
+        int32_t    n_intact = laq.intact_from(seq_id, n_prompt);
+        if (recall) {
+            n_intact = std::min<int32_t>(n_intact, n_prompt - laq.recall->tail(laq, seq_id, n_prompt).size());
+        }
+        laq.run_update(
+            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall }); });
     } catch (...) {
         restore();
         throw;

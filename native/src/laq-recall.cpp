@@ -68,7 +68,39 @@ laq_recall_state::laq_recall_state(const laq_cache & laq) :
     if (!cpu) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "the CPU backend, which scores what is archived, could not be made");
     }
+    pos.assign(laq.params.n_probe + std::max(laq.params.n_window, laq.params.n_window_snapkv), -1);
+    token.resize(pos.size());
     laq_set_threads(cpu.get(), laq.ctx->get_cparams().n_threads_batch);
+}
+
+void laq_recall_state::note(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; i < ubatch.n_tokens && ubatch.token; ++i) {
+        if (ubatch.seq_id[i][0] == 0) {
+            const size_t slot = ubatch.pos[i] % pos.size();
+            pos[slot]         = ubatch.pos[i];
+            token[slot]       = ubatch.token[i];
+        }
+    }
+}
+
+void laq_recall_state::forget(int32_t p0) {
+    for (int32_t & p : pos) {
+        p = p >= p0 ? -1 : p;
+    }
+}
+
+std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt) const {
+    const int32_t n_most = std::min<int32_t>(laq_policy_tail(laq.params_of(seq_id)), pos.size());
+
+    int32_t p = n_prompt;
+    while (p > laq.seqs[seq_id].n_intact && n_prompt - p < n_most && pos[(p - 1) % pos.size()] == p - 1) {
+        --p;
+    }
+    std::vector<llama_token> res;
+    for (; p < n_prompt; ++p) {
+        res.push_back(token[p % token.size()]);
+    }
+    return res;
 }
 
 bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {

@@ -17,12 +17,19 @@ struct laq_recall_state {
     laq_archive      archive;
     ggml_backend_ptr cpu;  // scores archived keys
 
-    // the last tokens of the prompt that is being read, and one past their position: they are read again
-    std::vector<llama_token> tail;
-    int32_t                  tail_end = 0;
+    // the last tokens decoded: that of position p is in slot p % n
+    std::vector<int32_t>     pos;
+    std::vector<llama_token> token;
 
     // throws laq_error
     explicit laq_recall_state(const laq_cache & laq);
+
+    // what is decoded, but for a probe
+    void note(const llama_ubatch & ubatch);
+    void forget(int32_t p0);  // positions from p0 on
+
+    // the tokens before n_prompt that are to be read again: those that every head holds and that are known
+    std::vector<llama_token> tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt) const;
 };
 
 // Archive the tokens that every head holds so far and that an eviction lets go. What finds no memory is lost.

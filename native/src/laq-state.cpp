@@ -242,6 +242,7 @@ static void restore_archive(laq_cache & laq, const laq_saved & saved, int64_t n_
     }
     laq_archive & archive = laq.recall->archive;
     archive.restore(saved.archive);
+    laq.recall->forget(0);
     if (!saved.has_archive) {
         // of a conversation with a gap, those of the gap are counted, too
         archive.n_lost += std::max<int64_t>(0, saved.n_intact - n_mixed) * archive.rows_of_token();

@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from laq_gguf.reference import PolicyParams, Tokens
+from laq_gguf.reference.plan import n_always
+from laq_gguf.reference.recall import tail_size
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
-from property.native_cache import NativeCache, Rows, n_always
+from property.native_cache import NativeCache, Rows
 from tolerances import assert_equal, assert_nmse
 
 EOS = 2  # of the tiny models
@@ -77,7 +79,7 @@ class Mirror:
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
-        self.tail: list[int] = []  # of the prompt that is being read
+        self.tokens: dict[int, int] = {}  # those decoded, by position
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.refused = 0, False
@@ -137,6 +139,7 @@ class Mirror:
                 if self.after.n_evictions > self.before.n_evictions:
                     self.cache.flush()  # what waits comes first, whether there is room or not
                 raise
+            self.tokens |= dict(enumerate(tokens, self.cache.n_tokens))
             self.logits = self.model.forward(tokens, self.cache)
             self.n_decoded += len(tokens)
             self._adopt(len(tokens))
@@ -144,8 +147,6 @@ class Mirror:
         self._both(lambda: self._call["decode"](batch), model)
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
-        self.tail = tokens[-self.cache.params.window_size :].tolist()
-
         def model(n_chunk: int | None) -> None:
             cache, n_left = self.cache, len(tokens)
             if n_left == 0 or cache.n_tokens + n_left > self.first.n_ctx:
@@ -173,17 +174,29 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
+            tail = self._tail()
+            cache.n_tail = len(tail)
             cache.prompt_end(self._pseudo() if looks_ahead else None)
             n = self.after.n_reread - self.before.n_reread
             if n > 0:
                 assert cache.remove(cache.n_tokens - n)
-                self.logits = self.model.forward(self.tail[-n:], cache)
+                assert n == len(tail)
+                self.logits = self.model.forward(tail, cache)
                 self.n_decoded += n
                 self._adopt(n)
 
         self._both(self._call["prompt_end"], model)
         if logits is not None and self.after.n_reread == self.before.n_reread:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
+
+    def _tail(self) -> list[int]:
+        """What is read again after a re-selection."""
+        cache, tail = self.cache, []
+        for p in range(cache.n_tokens - 1, cache.n_intact - 1, -1):
+            if p not in self.tokens or len(tail) == tail_size(cache.params):
+                break
+            tail.insert(0, self.tokens[p])
+        return tail
 
     def flush(self) -> None:
         self._both(self._call["flush"], lambda _: self.cache.flush())
@@ -209,7 +222,10 @@ class Mirror:
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         if max(p0, 0) < self.cache.n_tokens:
             self.logits = None
+        n_tokens = self.cache.n_tokens
         done = self._call["kv_cache_seq_rm"](seq_id, p0, p1)
+        if done and max(p0, 0) < (n_tokens if p1 < 0 else min(p1, n_tokens)):
+            self.tokens = {p: token for p, token in self.tokens.items() if p < max(p0, 0)}
         assert done == self.cache.remove(p0, p1), f"native: {done}, the model says otherwise"
         self.check()
         return done
@@ -217,12 +233,14 @@ class Mirror:
     def kv_cache_clear(self) -> None:
         self._call["kv_cache_clear"]()
         self.cache.clear()
+        self.tokens = {}
         self.logits = None
         self.check()
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """A state was loaded: what the model was then."""
         self.cache.restore(snapshot)
+        self.tokens = {}
         self.logits = None
         self.check()
 

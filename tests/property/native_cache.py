@@ -11,16 +11,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from laq_gguf.reference import PolicyParams, RecallCache, Tokens
+from laq_gguf.reference.plan import n_always
 from parity.test_evict import Inspector
 from tolerances import assert_nmse
 
 FloatArray = npt.NDArray[np.float32]
-
-
-def n_always(params: PolicyParams) -> int:
-    """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
-    fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
-    return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)
 
 
 class NativeCache(RecallCache):

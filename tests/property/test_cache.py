@@ -249,12 +249,15 @@ class CacheMachine(RuleBasedStateMachine):
         state = self.foreign[i]
         is_full = state.n_tokens > self.llm.n_ctx()
         self.attempt(lambda: self.llm.load_state(state), is_full=is_full, is_gone=not is_full)
+        if not is_full:
+            self.mirror.tokens = {}
 
     @rule(state=states, share=st.floats(0, 1, exclude_max=True))
     def load_a_truncated_state(self, state: Any, share: float) -> None:
         cut = copy.copy(state[0])
         cut.llama_state = cut.llama_state[: int(share * len(cut.llama_state))]
         self.attempt(lambda: self.llm.load_state(cut), is_gone=True)
+        self.mirror.tokens = {}
 
     # what changes nothing
 
