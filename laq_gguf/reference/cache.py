@@ -132,14 +132,19 @@ class KVCache(Cells):
         check_pinned(params, params.budget, n_intact, n_end)
         if pseudo is not None:
             ahead = pseudo[: params.lookahead_size]
-            if params.draft == "full":
-                self._append(ahead[: self.n_free])
-            else:
+            if self.drafts:
                 self._append_queries(ahead)
+            else:
+                self._append(ahead[: self.n_free])
         self.n_prompt, self.pending = n_prompt, defers
         if not defers:
             queries = query_range(params, n_prompt, self.n_tokens)
             self._evict(params.budget, n_intact, queries, n_end, recall=recall)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether pseudo tokens come from a smaller cache: not where this one is small already."""
+        return self.params.draft == "snapkv" and self.n_over > 0
 
     def draft(self) -> KVCache:
         """The cache that the paper generates its pseudo tokens from: a copy of this one, cut to the

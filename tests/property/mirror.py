@@ -257,7 +257,7 @@ class Mirror:
         return self._ahead(fork, self._forward(tokens, fork, made), n_free, made)
 
     def _pseudo(self) -> Tokens:
-        if self.cache.params.draft == "full":
+        if not self.cache.drafts:
             return self._ahead(self.cache.fork(), self.logits, self.cache.n_free, [])
         # which tokens SnapKV keeps is decided by the model's own scores: near a tie others stay,
         # and other pseudo tokens come
