@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
 from .cache import KVCache
-from .plan import check_pinned, n_always
+from .plan import check_pinned
 from .select import PolicyParams, Span, query_range, select_head
 
 RECALLS = ("never", "turn", "always")
@@ -26,9 +26,9 @@ RECALL_NEW, RECALL_LAYERS = 0.02, 4
 
 def tail_size(params: PolicyParams) -> int:
     """Most tokens at the end of a message that are read again after a re-selection (pseudo
-    lookahead): they were read while what they look at may not have been there."""
-    n_free = max(params.budget - n_always(params), 0)
-    return max(params.window, min(params.probe_size, params.window + n_free // 2))
+    lookahead): they were read while what they look at may not have been there. Only what every
+    head keeps anyway: more would take cells from the tokens that come back."""
+    return params.window
 
 
 @dataclass

@@ -187,10 +187,7 @@ bool laq_policy_needs_lookahead(const laq_params & params) {
 }
 
 uint32_t laq_policy_tail(const laq_params & params) {
-    const uint32_t n_pinned = laq_policy_n_pinned(params);
-    const uint32_t n_free   = params.n_kv_budget - std::min(params.n_kv_budget, n_pinned);
-    const uint32_t n_window = laq_policy_window(params);
-    return std::max(n_window, std::min(params.n_probe, n_window + n_free / 2));
+    return laq_policy_window(params);
 }
 
 uint32_t laq_policy_ahead(const laq_params & params) {

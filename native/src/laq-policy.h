@@ -65,8 +65,8 @@ uint32_t laq_policy_window(const laq_params & params);
 bool laq_policy_needs_queries(const laq_params & params);
 bool laq_policy_needs_lookahead(const laq_params & params);
 
-// Most tokens at the end of a message that are read again after a re-selection, and kept whole for that: n_probe, and half
-// of what the budget has beyond the pinned ones; the window at least.
+// Most tokens at the end of a message that are read again after a re-selection: the window, which is whole anyway. More
+// would take cells from the tokens that come back.
 uint32_t laq_policy_tail(const laq_params & params);
 
 // tokens of the lookahead, and cells that stay free for the probe while a prompt is read
