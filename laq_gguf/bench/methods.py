@@ -1,22 +1,35 @@
 """METHODS: the caches that are compared, by name, and how many tokens each may hold.
 
-A name may end in the type of K and V: `laq++@q8_0`. Methods are compared at equal bytes: a share of
-what the full f16 cache of the same prompt takes. How many tokens that is follows from the bytes of
-a cell of the method's own type, read back from a cache that was allocated.
+A name may go on with the type of K and V and with settings of LaqConfig: `laq++@q8_0`,
+`laq++:pooling=avg:kernel_size=5`. Methods are compared at equal bytes: a share of what the full f16
+cache of the same prompt takes. How many tokens that is follows from the bytes of a cell of the
+method's own type, read back from a cache that was allocated.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from laq_gguf.cli import CACHE_TYPES
 from laq_gguf.config import CELL_STEP, CONFIG_NAMES, LaqConfig
+from laq_gguf.errors import LaqArgumentError
 
 F16 = "f16"
 STEP_EXCESS = 0.03
+#: settings that act on a prompt read in chunks
+BOUNDED_SETTINGS = ("probe_size", "chunk_size")
+#: settings that a name may give: a method is its policy and lookahead, a Reader one score kernel
+SETTINGS = tuple(
+    name
+    for name in CONFIG_NAMES
+    if name not in ("kv_policy", "lookahead", "pinned", "score_kernel")
+)
+#: settings that more is allocated for, see Llama.set_eviction
+ALLOCATED = ("lookahead_size", "window_size", "snapkv_window")
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,14 @@ METHODS: dict[str, Method] = {
 
 
 def parse_method(name: str) -> Method:
-    """The method of a name such as "snapkv" or "laq++@q8_0".
+    """The method of a name such as "snapkv", "laq++@q8_0" or "laq++@q8_0:window_size=32".
 
     Raises:
-        ValueError: unknown method or type.
+        ValueError: unknown method, type or setting, a value out of range, or a setting that the
+            method does not have.
     """
-    base, _, type_name = name.partition("@")
+    first, *words = name.split(":")
+    base, _, type_name = first.partition("@")
     known = METHODS.get(base)
     if known is None:
         raise ValueError(f"unknown method {base!r}; there are: {', '.join(METHODS)}")
@@ -89,7 +104,53 @@ def parse_method(name: str) -> Method:
         raise ValueError(
             f"unknown K/V type {type_name!r} of {name!r}; there are: {', '.join(CACHE_TYPES)}"
         )
-    return Method(known.options, known.bounded, name, type_name or F16)
+    options = {**known.options, **_settings(name, known, words)}
+    method = Method(options, known.bounded, name, type_name or F16)
+    try:
+        _ = method.config  # checks the values
+    except LaqArgumentError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    return method
+
+
+def _settings(name: str, method: Method, words: list[str]) -> dict[str, int | str]:
+    """Settings of words such as "window_size=32".
+
+    Raises:
+        ValueError: a word is none, or a setting that the method does not have.
+    """
+    if not words:
+        return {}
+    if not method.evicts:
+        raise ValueError(f"{name!r}: a cache that never evicts has no settings")
+    there_are = [s for s in SETTINGS if method.bounded or s not in BOUNDED_SETTINGS]
+    default, found = LaqConfig(), {}
+    for word in words:
+        setting, equals, text = word.partition("=")
+        if not equals or setting not in there_are:
+            raise ValueError(
+                f"{word!r} of {name!r} is no SETTING=VALUE; settings: {', '.join(there_are)}"
+            )
+        if setting in found:
+            raise ValueError(f"{name!r} has {setting} twice")
+        found[setting] = text
+        if isinstance(getattr(default, setting), int):
+            try:
+                found[setting] = int(text)
+            except ValueError:
+                raise ValueError(f"{setting} of {name!r} is an int, got {text!r}") from None
+    return found
+
+
+def base_name(name: str) -> str:
+    """A method's name without its settings: it has the defaults."""
+    return name.partition(":")[0]
+
+
+def allocation(methods: Iterable[Method]) -> dict[str, int]:
+    """Settings of a cache that can take those of any of the methods."""
+    configs = [LaqConfig(), *(method.config for method in methods)]
+    return {name: max(getattr(config, name) for config in configs) for name in ALLOCATED}
 
 
 def method_names(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from laq_gguf.bench.methods import METHODS, method_names, shares
+from laq_gguf.bench.methods import METHODS, allocation, method_names, parse_method, shares
 from laq_gguf.bench.options import (
     add_common,
     add_overwrite,
@@ -44,6 +44,7 @@ from laq_gguf.bench.tasks import (
     parse_tasks,
     task_lengths,
 )
+from laq_gguf.config import round_cells
 
 NOTES = (
     "shares are of the bytes that the prompt takes in the full f16 cache; bytes per cell are read "
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=integers, help="prompt lengths in tokens: 2048,4096")
     add("--limit", type=int, help="the first N examples of each task only")
     add("--n-needles", type=int, help="depths of the task needles")
-    add("--methods", type=method_names, help=f"of {', '.join(METHODS)}, each also as NAME@TYPE")
+    add("--methods", type=method_names, help=f"NAME[@TYPE][:SETTING=VALUE]: {', '.join(METHODS)}")
     add("--shares", type=shares, help="of the full f16 cache's bytes: 1/4,1/8,1/16")
     add("--budgets", type=integers, help="tokens in place of shares: 128,256")
     add("--bounded-cells", type=int, help="bounded has no row with fewer cells than these")
@@ -208,7 +209,8 @@ def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
         for p in prompts
     )
     # pseudo tokens take cells until they are dropped
-    return rounds, -(-(after + 8) // 256) * 256
+    n_pseudo = allocation(map(parse_method, args.methods))["lookahead_size"]
+    return rounds, round_cells(after + n_pseudo)
 
 
 def _entries(args: argparse.Namespace) -> Iterator[tuple[str, int]]:

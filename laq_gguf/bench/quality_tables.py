@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from laq_gguf.bench.markdown import Document, Row, mean_of, number, ordered, spread, table
+from laq_gguf.bench.methods import base_name
 from laq_gguf.bench.tasks import TASKS
 
 
@@ -203,6 +204,80 @@ def quality_brief(document: Document) -> str:
             ("top-1 as full", lambda r: number(r["top1_agreement"], ".2f")),
         ),
         size_rows(document),
+    )
+
+
+def half_rows(document: Document) -> list[Row]:
+    """One row per method and size, in the order of `size_rows`: both halves of the examples.
+
+    halves: of the examples of even and of odd index in each task: n, kl (mean), and beside the
+    method without settings (None for that one itself), over the examples that both have: ratio
+    (of the mean KL divergences), n_both, n_lower (examples where its own is lower).
+
+    Raises:
+        ValueError: the methods were given no sizes.
+    """
+    if not has_sizes(document):
+        raise ValueError("--halves needs a result of methods with sizes: quality --shares")
+    results = document["results"]
+    by_name = {(_example(r), r["method"], r["size"]): r for r in results}
+    half_of = {}
+    for task in ordered((r["task"], r["length"]) for r in results):
+        own = ordered(_example(r) for r in results if (r["task"], r["length"]) == task)
+        half_of.update({example: i % 2 for i, example in enumerate(own)})
+    rows = []
+    for method, size in ((row["method"], row["size"]) for row in size_rows(document)):
+        own = [r for r in results if (r["method"], r["size"]) == (method, size)]
+        halves = []
+        for half in (0, 1):
+            group = [r for r in own if half_of[_example(r)] == half]
+            base = [by_name.get((_example(r), base_name(method), size)) for r in group]
+            pairs = [(r, b) for r, b in zip(group, base, strict=True) if b is not None and r != b]
+            halves.append({"n": len(group), "kl": mean_of(group, "kl"), **_beside(pairs)})
+        rows.append({"method": method, "size": size, "halves": halves})
+    return rows
+
+
+def _example(row: Row) -> tuple[str, int, str]:
+    return row["task"], row["length"], row["id"]
+
+
+def _beside(pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
+    base = sum(b["kl"] for _, b in pairs)
+    return {
+        "ratio": sum(r["kl"] for r, _ in pairs) / base if base else None,
+        "n_both": len(pairs),
+        "n_lower": sum(r["kl"] < b["kl"] for r, b in pairs),
+    }
+
+
+def halves_table(document: Document) -> str:
+    """Markdown table of both halves of the examples: what wins on one, does it on the other.
+
+    Raises:
+        ValueError: the methods were given no sizes.
+    """
+
+    def columns(half: int, name: str) -> list[tuple[str, Callable[[Row], str]]]:
+        def lower(row: Row) -> str:
+            own = row["halves"][half]
+            return f"{own['n_lower']} of {own['n_both']}" if own["n_both"] else "-"
+
+        return [
+            (f"n, {name}", lambda r: str(r["halves"][half]["n"])),
+            ("KL to full, nats", lambda r: number(r["halves"][half]["kl"], ".4f")),
+            ("of the defaults'", lambda r: number(r["halves"][half]["ratio"], ".3f")),
+            ("lower in", lower),
+        ]
+
+    return table(
+        [
+            ("method", lambda r: r["method"]),
+            ("size", lambda r: r["size"] or "-"),
+            *columns(0, "even"),
+            *columns(1, "odd"),
+        ],
+        half_rows(document),
     )
 
 

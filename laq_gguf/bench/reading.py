@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from laq_gguf.bench.decoder import Decoder
-from laq_gguf.bench.methods import METHODS, Method, bounded_size
+from laq_gguf.bench.methods import METHODS, Method, allocation, bounded_size, parse_method
 from laq_gguf.bench.options import llama_options
 from laq_gguf.cli import CACHE_TYPES
 
@@ -27,11 +27,21 @@ class Reader:
         ms_read: what the last prompt took.
     """
 
-    def __init__(self, args: argparse.Namespace, n_ctx: int, type_name: str) -> None:
-        """Load the model. n_ctx: tokens of the longest prompt and what is decoded after it."""
+    def __init__(
+        self, args: argparse.Namespace, n_ctx: int, type_name: str, methods: Iterable[Method] = ()
+    ) -> None:
+        """Load the model.
+
+        Args:
+            args: with model and threads.
+            n_ctx: tokens of the longest prompt and what is decoded after it.
+            type_name: of K and V.
+            methods: those with settings that more has to be allocated for.
+        """
         options = options_of(args, n_ctx, type_name)
         # a policy that scores: what all of them need is allocated
         options.update(kv_budget=n_ctx, kv_policy="laq++", lookahead="pseudo")
+        options.update(allocation(methods))
         self.decoder = Decoder("laq_gguf", str(args.model), options)
         self.n_ctx, self.ms_read = n_ctx, 0.0
         stats = self.stats()
@@ -122,12 +132,15 @@ class Readers:
 
     def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
         self._args, self._n_ctx = args, n_ctx
+        self._methods = [parse_method(name) for name in args.methods]
         self._open: dict[tuple[str, int | None], Reader | BoundedReader] = {}
         self._bytes_per_cell: dict[str, float] = {}
 
     def whole(self, type_name: str) -> Reader:
         """The reader of a K/V type."""
-        reader = self._get((type_name, None), lambda: Reader(self._args, self._n_ctx, type_name))
+        reader = self._get(
+            (type_name, None), lambda: Reader(self._args, self._n_ctx, type_name, self._methods)
+        )
         assert isinstance(reader, Reader)
         self._bytes_per_cell[type_name] = reader.bytes_per_cell
         return reader

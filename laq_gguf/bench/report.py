@@ -17,25 +17,32 @@ Table = Callable[[Document], str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench report`."""
     parser.add_argument("files", type=Path, nargs="+", help="result files")
+    parser.add_argument(
+        "--halves", action="store_true",
+        help="quality: KL divergence over the examples of even and of odd index in each task",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables of result files.
 
     Raises:
-        ValueError: a file is none.
+        ValueError: a file is none, or has no halves to show.
     """
-    print("\n\n".join(render(path) for path in args.files))
+    print("\n\n".join(render(path, halves=args.halves) for path in args.files))
 
 
-def render(path: Path) -> str:
-    """Markdown of a result file.
+def render(path: Path, halves: bool = False) -> str:
+    """Markdown of a result file; halves: its examples in two parts.
 
     Raises:
-        ValueError: not a result file, or one of another schema.
+        ValueError: not a result file, one of another schema, or one without halves.
     """
     document = read(path)
-    return f"{TABLES[document['kind']](document)}\n\n{provenance_lines(document)}"
+    if halves and document["kind"] != "quality":
+        raise ValueError(f"--halves is for results of quality: {path.name} is of another kind")
+    shown = quality_tables.halves_table if halves else TABLES[document["kind"]]
+    return f"{shown(document)}\n\n{provenance_lines(document)}"
 
 
 def read(path: Path) -> Document:

@@ -12,6 +12,8 @@ from laq_gguf import cli
 from laq_gguf.bench import commands
 from laq_gguf.bench.methods import (
     METHODS,
+    allocation,
+    base_name,
     bounded_size,
     method_names,
     parse_method,
@@ -44,11 +46,53 @@ def test_a_name_may_end_in_a_type() -> None:
             "deferred",
             "bounded",
             "position",
+            "recall",
         )
 
 
+def test_a_name_may_go_on_with_settings() -> None:
+    plain, method = parse_method("laq++"), parse_method("laq++@q8_0:window_size=32:pooling=avg")
+    assert (method.name, method.type) == ("laq++@q8_0:window_size=32:pooling=avg", "q8_0")
+    changed = {"window_size": 32, "pooling": "avg"}
+    assert vars(method.config) == {**vars(plain.config), **changed}
+    assert vars(plain.config)["window_size"] == 8, "the method without them is as it was"
+    assert method.least == plain.least + 24
+    # what the method itself has set may be set otherwise
+    assert parse_method("laq:draft=full:follow_size=32").config.follow_size == 32
+    bounded = parse_method("bounded:probe_size=96")
+    assert bounded.bounded and bounded.config.probe_size == 96
+    names = ["laq++", "laq++:n_sink=0"]
+    assert method_names(",".join([*names, names[1]])) == names
+    assert [base_name(n) for n in (names[1], method.name)] == ["laq++", "laq++@q8_0"]
+
+
+def test_one_cache_takes_the_settings_of_all_methods() -> None:
+    names = ("laq++:lookahead_size=4", "snapkv:snapkv_window=64", "laq++:window_size=16")
+    expected = {"lookahead_size": 8, "window_size": 16, "snapkv_window": 64}
+    assert allocation(map(parse_method, names)) == expected
+    assert allocation([parse_method("laq++:lookahead_size=24")])["lookahead_size"] == 24
+
+
 @pytest.mark.parametrize(
-    ("text", "words"), [("lak", "unknown method 'lak'"), ("laq@q9", "unknown K/V type 'q9'")]
+    ("text", "words"),
+    [
+        ("lak", "unknown method 'lak'"),
+        ("laq@q9", "unknown K/V type 'q9'"),
+        ("lak:n_sink=1", "unknown method 'lak'"),
+        ("laq++:sinks=1", "'sinks=1' of .* settings: lookahead_size, window_size, n_sink"),
+        ("laq++:n_sink", "is no SETTING=VALUE"),
+        ("laq++:", "'' of 'laq..:' is no SETTING=VALUE"),
+        ("laq++:kv_policy=laq", "is no SETTING=VALUE; settings: lookahead_size"),
+        ("laq++:probe_size=96", "settings: .*, draft$"),
+        ("bounded:probes=96", "settings: .*, draft, probe_size, chunk_size"),
+        ("laq++:window_size=all", "window_size of .* is an int, got 'all'"),
+        ("laq++:n_sink=1:n_sink=2", "has n_sink twice"),
+        ("laq++:window_size=0", "window_size must be from 1"),
+        ("laq++:kernel_size=4", "kernel_size must be odd"),
+        ("laq++:pooling=mean", "pooling must be one of none, max, avg; got 'mean'"),
+        ("deferred:draft=snapkv", 'needs lookahead="pseudo"'),
+        ("full@q8_0:n_sink=1", "never evicts has no settings"),
+    ],
 )
 def test_unknown_names_are_refused(text: str, words: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=words):

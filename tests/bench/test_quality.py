@@ -22,7 +22,10 @@ ROW = {
     "n_kept", "seconds", *COUNTERS,
 }  # fmt: skip
 METHODS = "full,full@q8_0,laq++,laq,position,deferred,bounded,streaming,laq++@q8_0"
-
+SETTINGS = (
+    "laq++:lookahead_size=24", "laq++:window_size=48", "laq++:n_sink=0:kernel_size=1",
+    "snapkv:snapkv_window=80", "laq++@q8_0:pooling=avg",
+)  # fmt: skip
 
 COMMAND = (
     "--lengths", 1500, "--n-needles", 2, "--methods", METHODS, "--shares", "1/4,1/8",
@@ -81,6 +84,31 @@ def test_the_full_cache_is_what_others_are_compared_with(measured: tuple) -> Non
         assert q8_0["kv_bytes"] / q8_0["kv_bytes_full"] == pytest.approx(17 / 32)
     evicted = [r for r in rows if r["size"] is not None]
     assert all(r["kl"] > 0 and r["kl_max"] >= r["kl"] for r in evicted)
+
+
+def test_settings_in_a_name_are_those_of_its_rows(bench, tiny: Path, tmp_path: Path) -> None:
+    """More lookahead and window than the defaults have: allocated for all methods of the run."""
+    out = tmp_path / "quality.json"
+    done = bench(
+        "quality", "--model", tiny, "--lengths", 1000, "--n-needles", 3, "--shares", "1/4",
+        "--methods", ",".join(["full", "laq++", *SETTINGS]), "--n-compare", 8,
+        "--max-new-tokens", 4, "--threads", 1, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert len(rows) == 3 * (2 + len(SETTINGS))
+    of = {(r["id"], r["method"]): r for r in rows}
+    for i in {r["id"] for r in rows}:
+        plain = of[i, "laq++"]
+        assert plain["n_pseudo"] == 8 or 0 < plain["n_pseudo"] < 8
+        assert plain["n_pseudo"] < of[i, SETTINGS[0]]["n_pseudo"] <= 24
+        for name in SETTINGS[:4]:
+            row = of[i, name]
+            assert (row["kv_bytes"], row["n_kept"]) == (plain["kv_bytes"], plain["n_kept"])
+            assert row["kl"] != plain["kl"], f"{name} changes what is kept"
+    halves = bench("report", out, "--halves")
+    assert halves.returncode == 0, halves.stderr
+    assert "| laq++ | 1/4 | 2 | " in halves.stdout and " of 2 | 1 | " in halves.stdout
 
 
 @pytest.mark.model
@@ -168,7 +196,7 @@ class Opened:
     alive: ClassVar[list[str]] = []
     bytes_per_cell = 8.0
 
-    def __init__(self, args: object, n_ctx: int, type_name: str) -> None:
+    def __init__(self, args: object, n_ctx: int, type_name: str, methods: object) -> None:
         self.name = type_name
         self.alive.append(type_name)
 
@@ -180,7 +208,7 @@ def test_a_large_model_is_loaded_once_at_a_time(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(reading, "Reader", Opened)
     model = tmp_path / "m.gguf"
     model.write_bytes(bytes(100))
-    args = argparse.Namespace(model=model)
+    args = argparse.Namespace(model=model, methods=["full"])
     for most, alive in ((100, ["f16", "q8_0"]), (99, ["q8_0"])):
         monkeypatch.setattr(reading.Readers, "ONE_AT_A_TIME", most)
         readers = reading.Readers(args, 256)

@@ -191,6 +191,41 @@ def test_rows_of_sizes_are_ordered_by_share() -> None:
     assert bounded["attention_mass"] is None
 
 
+def test_halves_of_the_examples() -> None:
+    """Even and odd by their order in each task, beside the method without settings."""
+    values = {  # of the examples a and b of vt, c and d of niah_single_1
+        "laq++": (0.1, 0.4, 0.3, 0.4),
+        "laq++:n_sink=0": (0.2, 0.2, 0.1, None),
+        "snapkv": (0.2, 0.2, 0.4, 0.6),
+    }
+    examples = [("vt", "a"), ("niah_single_1", "c"), ("vt", "b"), ("niah_single_1", "d")]
+    results = [
+        size_row(method, "1/8", task, id=name, kl=kl["abcd".index(name)])
+        for task, name in examples
+        for method, kl in values.items()
+        if kl["abcd".index(name)] is not None
+    ]
+    document = {"kind": "quality", "results": results}
+    plain, other, snapkv = quality_tables.half_rows(document)
+    assert [h["kl"] for h in plain["halves"]] == pytest.approx([0.2, 0.4])
+    assert [h["kl"] for h in snapkv["halves"]] == pytest.approx([0.3, 0.4])
+    assert [h["ratio"] for h in plain["halves"] + snapkv["halves"]] == [None] * 4
+    even, odd = other["halves"]
+    assert (even["n"], even["n_both"], even["n_lower"]) == (2, 2, 1)
+    assert (even["kl"], even["ratio"]) == pytest.approx((0.15, 0.75))
+    # the missing example is left out on both sides
+    assert (odd["n"], odd["n_both"], odd["n_lower"]) == (1, 1, 1)
+    assert odd["ratio"] == pytest.approx(0.2 / 0.4)
+    text = quality_tables.halves_table(document)
+    assert (
+        "| laq++:n_sink=0 | 1/8 | 2 | 0.1500 | 0.750 | 1 of 2 | 1 | 0.2000 | 0.500 | 1 of 1 |"
+        in text
+    )
+    assert "| snapkv | 1/8 | 2 | 0.3000 | - | - | 2 | 0.4000 | - | - |" in text
+    with pytest.raises(ValueError, match="--shares"):
+        quality_tables.halves_table({"results": [{"task": "vt", "kl": 0.1}]})
+
+
 def test_table_of_sizes() -> None:
     text = quality_tables.quality_table(SIZES)
     assert "| n | niah single (2) | vt (1) | mean |" in text and "perplexity" not in text
