@@ -60,6 +60,9 @@ def test_render_refuses_other_files(tmp_path: Path) -> None:
     path.write_text(json.dumps({**quality_document(), "schema": SCHEMA + 1}), encoding="utf-8")
     with pytest.raises(ValueError, match="no result of schema"):
         report.render(path)
+    path.write_text(json.dumps({**quality_document(), "kind": "chat"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="--halves is for results of quality"):
+        report.render(path, halves=True)
 
 
 def configurations(ours: float, long: tuple[float, float], short: float, ttft: float) -> dict:
