@@ -15,7 +15,8 @@ from laq_gguf.bench import commands, report
 ROOT = Path(__file__).resolve().parent.parent
 #: what README shows, in its order
 README_RESULTS = (
-    "quality-default-smollm2", "peers-smollm2-2k", "speed-smollm2-cpu", "memory-smollm2",
+    "quality-niah-smollm2-2k", "peers-smollm2-2k", "multiturn-recall-smollm2",
+    "speed-smollm2-cpu", "memory-smollm2",
 )  # fmt: skip
 HEAD = """# Results
 

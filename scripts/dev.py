@@ -105,11 +105,11 @@ def venv_env(venv: Path = VENV, **extra: str) -> dict[str, str]:
 
 
 def requirements(key: str) -> list[str]:
-    """A one-line list of pyproject.toml (Python 3.10 has no parser for it)."""
+    """A list of strings in pyproject.toml (Python 3.10 has no parser for it)."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(rf"^{key} = (\[.*\])$", text, re.MULTILINE)
+    found = re.search(rf"^{key} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
     if not found:
-        raise DevError(f"pyproject.toml has no list `{key}` in one line")
+        raise DevError(f"pyproject.toml has no list `{key}`")
     return ast.literal_eval(found.group(1))
 
 
