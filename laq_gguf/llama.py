@@ -165,8 +165,7 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
         self.recall_config = RecallConfig(
             kv_recall, kv_recall_type, kv_recall_limit, recall, recall_rounds
         )
-        if kv_budget is not None:
-            self.recall_config.check_policy(kv_policy)
+        self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)
         self._asked = {
             "kv_budget": kv_budget,
             "kv_staging": check_staging(kv_staging),

@@ -55,8 +55,11 @@ class RecallConfig:
             return parse_bytes(limit, "kv_recall_limit")
         return check_integer("kv_recall_limit", limit, 0, _NO_LIMIT)
 
-    def check_policy(self, kv_policy: str) -> None:
-        """Raise LaqArgumentError for a policy that has nothing to choose again by."""
+    def check_policy(self, kv_policy: str, evicts: bool = True) -> None:
+        """Raise LaqArgumentError for a policy that has nothing to choose again by, or for a cache
+        that nothing leaves."""
+        if self.kv_recall is not None and not evicts:
+            raise LaqArgumentError("kv_recall keeps what leaves the cells: give kv_budget as well")
         if self.kv_recall is not None and kv_policy not in SCORED_POLICIES:
             raise LaqArgumentError(
                 f"kv_recall chooses again by attention, and kv_policy={kv_policy!r} does not look "

@@ -44,3 +44,9 @@ def test_policies_that_look_at_nothing_cannot_choose_again() -> None:
         RecallConfig("ram").check_policy("streaming")
     RecallConfig("ram").check_policy("snapkv")
     RecallConfig().check_policy("streaming")
+
+
+def test_an_archive_needs_a_cache_that_evicts() -> None:
+    with pytest.raises(LaqArgumentError, match="give kv_budget"):
+        RecallConfig("ram").check_policy("laq++", evicts=False)
+    RecallConfig().check_policy("laq++", evicts=False)
