@@ -22,7 +22,8 @@ from laq_gguf.bench.options import (
 )
 from laq_gguf.bench.prompts import chat_renderer, open_tokenizer
 from laq_gguf.bench.provenance import provenance, write_json
-from laq_gguf.bench.tune import read_text
+from laq_gguf.bench.tasks import read_text
+from laq_gguf.config import round_cells
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"the prompt has {len(tokens)} tokens: nothing of it is evicted to --budget "
             f"{args.budget}"
         )
-    n_ctx = -(-(len(tokens) + args.lookahead_size) // 256) * 256
+    n_ctx = round_cells(len(tokens) + args.lookahead_size)
     options = {
         **llama_options(args, n_ctx),
         **eviction_options(args),

@@ -36,6 +36,7 @@ from laq_gguf.bench.references import REUSED, References, reference_folder
 from laq_gguf.bench.results import ResultFile
 from laq_gguf.bench.tables import multiturn_table
 from laq_gguf.bench.tasks import read_lines
+from laq_gguf.config import round_cells
 
 FILE = Path("multiturn") / "squad_multiturn.jsonl"
 # keyword arguments of laq_gguf.Llama, beside kv_budget
@@ -363,4 +364,4 @@ def _n_ctx(args: argparse.Namespace, chats: Sequence[Chat]) -> int:
         + args.probe_size
         for chat in chats
     )
-    return -(-need // 256) * 256
+    return round_cells(need)

@@ -33,10 +33,17 @@ from laq_gguf.bench.options import (
     names,
 )
 from laq_gguf.bench.peers_table import peers_table
-from laq_gguf.bench.prompts import Prompt, chat_renderer, make_prompt, open_tokenizer
+from laq_gguf.bench.prompts import (
+    Prompt,
+    chat_renderer,
+    open_tokenizer,
+    rounds_of,
+    task_prompts,
+)
 from laq_gguf.bench.references import References, reference_folder
 from laq_gguf.bench.results import ResultFile
-from laq_gguf.bench.tasks import TASKS, load_examples, score
+from laq_gguf.bench.tasks import TASKS, score
+from laq_gguf.config import round_cells
 
 if TYPE_CHECKING:
     from laq_gguf.bench.peers_cells import Cells
@@ -328,19 +335,10 @@ def _prepare(args: argparse.Namespace) -> tuple[list[Question], int]:
         for name in args.tasks:
             # those with a length of their own are asked once
             for length in args.length if TASKS[name].has_length else [0]:
-                examples = load_examples(
-                    name,
-                    data=args.data,
-                    length=length,
-                    limit=args.limit,
-                    n_needles=args.n_needles,
-                    count_tokens=lambda text: len(decoder.tokenize(text)),
-                )
-                prompts = [make_prompt(decoder, render, e) for e in examples]
+                prompts = task_prompts(decoder, render, name, length, args)
                 by_task.append([Question(length, prompt) for prompt in prompts])
-    n = max(map(len, by_task), default=0)
-    questions = [group[i] for i in range(n) for group in by_task if i < len(group)]
+    questions = [question for group in rounds_of(by_task) for question in group]
     if not questions:
         raise ValueError("nothing to ask: --tasks, --limit and --length leave no example")
     need = max(len(q.prompt.tokens) + max(q.max_new_tokens, args.n_compare) for q in questions)
-    return questions, -(-need // 256) * 256
+    return questions, round_cells(need)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from laq_gguf.bench.markdown import Document, Row, ordered, table
+from laq_gguf.bench.markdown import Document, Row, mean_of, ordered, table
 from laq_gguf.bench.methods import share_text
 
 
@@ -18,7 +18,7 @@ def peers_rows(document: Document) -> list[Row]:
     rows = []
     for share, method in sorted(pairs, key=lambda pair: -pair[0]):
         group = [r for r in results if (r["share"], r["method"]) == (share, method)]
-        scores = {t: _mean([r for r in group if r["task"] == t], "score") for t in tasks}
+        scores = {t: mean_of([r for r in group if r["task"] == t], "score") for t in tasks}
         there = [score for score in scores.values() if score is not None]
         rows.append(
             {
@@ -27,17 +27,13 @@ def peers_rows(document: Document) -> list[Row]:
                 "n": len(group),
                 "scores": scores,
                 "mean": statistics.fmean(there),
-                "kl": _mean(group, "kl"),
-                "top1_agreement": _mean(group, "top1_agreement"),
+                "kl": mean_of(group, "kl"),
+                "top1_agreement": mean_of(group, "top1_agreement"),
                 "kv_share": sum(r["kv_bytes"] for r in group)
                 / sum(r["kv_bytes_full"] for r in group),
             }
         )
     return rows
-
-
-def _mean(rows: list[Row], name: str) -> float | None:
-    return statistics.fmean(r[name] for r in rows) if rows else None
 
 
 def peers_table(document: Document) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from laq_gguf.bench.decoder import Decoder
 from laq_gguf.bench.longbench import middle_cut
-from laq_gguf.bench.tasks import Example
+from laq_gguf.bench.tasks import Example, load_examples
 
+T = TypeVar("T")
 Renderer = Callable[[Sequence[dict[str, str]]], str]
 
 
@@ -62,6 +66,33 @@ def make_prompt(decoder: Decoder, render: Renderer | None, example: Example) -> 
     # templates may write begin-of-text themselves
     tokens = decoder.tokenize(text + example.answer_prefix, add_bos=not is_chat, special=is_chat)
     return Prompt(example, tokens)
+
+
+def task_prompts(
+    decoder: Decoder,
+    render: Renderer | None,
+    name: str,
+    length: int,
+    args: argparse.Namespace,
+    text: Path | None = None,
+) -> list[Prompt]:
+    """The examples of a task, as --data, --limit and --n-needles say (see tasks.load_examples)."""
+    examples = load_examples(
+        name,
+        data=args.data,
+        length=length,
+        limit=args.limit,
+        n_needles=args.n_needles,
+        count_tokens=lambda text: len(decoder.tokenize(text)),
+        text=text,
+    )
+    return [make_prompt(decoder, render, example) for example in examples]
+
+
+def rounds_of(series: Sequence[Sequence[T]]) -> list[list[T]]:
+    """The first of each series, then the second of each: a run that is stopped is balanced."""
+    n = max(map(len, series), default=0)
+    return [[items[i] for items in series if i < len(items)] for i in range(n)]
 
 
 def text_prompts(decoder: Decoder, text: str, n_tokens: int, n_path: int, n: int) -> list[Prompt]:

@@ -29,8 +29,9 @@ from laq_gguf.bench.presets import PRESETS, apply_preset
 from laq_gguf.bench.prompts import (
     Prompt,
     chat_renderer,
-    make_prompt,
     open_tokenizer,
+    rounds_of,
+    task_prompts,
     text_prompts,
 )
 from laq_gguf.bench.quality_rows import KEY, Case, Measurement, new_tokens
@@ -39,7 +40,6 @@ from laq_gguf.bench.reading import Readers
 from laq_gguf.bench.results import ResultFile
 from laq_gguf.bench.tasks import (
     TASKS,
-    load_examples,
     long_text,
     parse_tasks,
     task_lengths,
@@ -181,16 +181,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
             if TASKS[name].source == "text":
                 text = long_text(args.data, args.text)
                 return text_prompts(decoder, text, length, args.n_compare, args.limit or 8)
-            examples = load_examples(
-                name,
-                data=args.data,
-                length=length,
-                limit=args.limit,
-                n_needles=args.n_needles,
-                count_tokens=lambda text: len(decoder.tokenize(text)),
-                text=args.text,
-            )
-            return [make_prompt(decoder, render, example) for example in examples]
+            return task_prompts(decoder, render, name, length, args, args.text)
 
         series = []
         for name, length in _entries(args):
@@ -201,8 +192,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[list[Prompt]], int]:
                 if args.preset != "all" or args.data is None:
                     raise
                 print(f"left out: {name}: {error}", file=sys.stderr)
-    n = max(len(prompts) for prompts in series)
-    rounds = [[prompts[i] for prompts in series if i < len(prompts)] for i in range(n)]
+    rounds = rounds_of(series)
     after = max(
         max(args.n_compare, new_tokens(args, p), len(p.path)) + len(p.tokens)
         for prompts in rounds

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from laq_gguf.bench import tasks
 from laq_gguf.bench.options import add_common, check_model, integers
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.tables import speed_table
 from laq_gguf.bench.worker import Worker, WorkerError
+from laq_gguf.config import round_cells
 
 # steps not counted: after a prompt (beyond the lookahead and the eviction), and in each round
 N_WARM_UP = 4
@@ -180,7 +182,7 @@ def _open(
     n_prompt = args.n_short_tokens if short else args.n_ctx_tokens
     n_ctx = n_prompt + _n_settle(args) + N_WARM_UP + args.n_decode + args.lookahead_size
     options = {
-        "n_ctx": -(-n_ctx // 256) * 256,
+        "n_ctx": round_cells(n_ctx),
         "n_threads": n_threads,
         "n_threads_batch": n_threads,
         "flash_attn": c.flash_attn,
@@ -356,9 +358,7 @@ def read_text(path: Path | None) -> str:
         ValueError: neither is there.
     """
     if path is not None:
-        if not path.is_file():
-            raise ValueError(f"no text at {path}")
-        return path.read_text(encoding="utf-8")
+        return tasks.read_text(path)
     root = Path("build/pristine")
     files = sorted(root.rglob("*.md"))
     if not files:

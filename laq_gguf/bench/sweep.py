@@ -21,6 +21,7 @@ from laq_gguf.bench.options import llama_options, settings
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.speed import N_WARM_UP, check_plain_lib, ratios, read_text, system_load
 from laq_gguf.bench.worker import Worker, WorkerError
+from laq_gguf.config import round_cells
 
 PARTS = ("probe", "lookahead", "score", "select", "compact")
 NOTES = [
@@ -147,7 +148,7 @@ def _runners(
 ) -> Iterator[list[Runner]]:
     """Stock and one for each budget, their models loaded."""
     n_ctx = context + n_settle + N_WARM_UP + args.n_decode + args.lookahead_size
-    options = llama_options(args, -(-n_ctx // 256) * 256)
+    options = llama_options(args, round_cells(n_ctx))
     with ExitStack() as stack:
         runners = []
         for budget in (None, *budgets):

@@ -33,7 +33,8 @@ from laq_gguf.bench.options import (
 )
 from laq_gguf.bench.prompts import chat_renderer, open_tokenizer
 from laq_gguf.bench.provenance import provenance, write_json
-from laq_gguf.config import LaqConfig
+from laq_gguf.bench.tasks import read_text
+from laq_gguf.config import LaqConfig, round_cells
 
 NOTES = [
     "lookahead pseudo: evicted before the first compared token, which deferred puts off by "
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pieces = make_pieces(vocabulary, text, args)
     n_prompt = max(len(piece.tokens) for piece in pieces)
     document["n_prompts"] = [len(piece.tokens) for piece in pieces]
-    n_ctx = -(-(n_prompt + args.n_compare + args.lookahead_size) // 256) * 256
+    n_ctx = round_cells(n_prompt + args.n_compare + args.lookahead_size)
 
     def measure(budget: int) -> bool:
         row = compare(full, caches.led(budget), budget)
@@ -134,20 +135,6 @@ def smallest(keeps: Callable[[int], bool], low: int, high: int, step: int) -> in
         else:
             first = middle + 1
     return best
-
-
-def read_text(path: Path) -> str:
-    """A text in UTF-8.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"no text at {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not a text in UTF-8: {error.reason}") from error
 
 
 def make_pieces(decoder: Decoder, text: str, args: argparse.Namespace) -> list[Piece]:
