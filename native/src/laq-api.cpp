@@ -114,6 +114,14 @@ static void check_pinned(const laq_params & p) {
     }
 }
 
+// the defaults stand for what an older caller does not know
+static laq_params params_of_caller(const laq_params & params) {
+    laq_check(params.size >= offsetof(laq_params, pinned) && params.size <= 4096, "params->size is not set");
+    laq_params p = laq_default_params();
+    copy_sized(p, params, params.size);
+    return p;
+}
+
 static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
     laq_check(p.lookahead >= LAQ_LOOKAHEAD_DEFERRED && p.lookahead <= LAQ_LOOKAHEAD_POSITION,
@@ -186,11 +194,9 @@ static void check_context(const llama_context & ctx) {
 laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache ** out) {
     return laq_guarded([&] {
         laq_check(ctx && params && out, "ctx, params and out must not be NULL");
-        laq_check(params->size >= offsetof(laq_params, pinned) && params->size <= 4096, "params->size is not set");
-        *out = nullptr;
+        laq_params p = params_of_caller(*params);
+        *out         = nullptr;
 
-        laq_params p = laq_default_params();
-        copy_sized(p, *params, params->size);
         check_context(*ctx);
         laq_check(!ctx->get_cparams().laq, "the context has been attached already");
         laq_cache::check_layers(*ctx);
@@ -202,16 +208,10 @@ laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache 
     });
 }
 
-static bool scores_any(const laq_params & p) {
-    return laq_policy_needs_queries(p) || p.draft == LAQ_DRAFT_SNAPKV;
-}
-
 laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
     return laq_guarded([&] {
         laq_check(laq && params, "laq and params must not be NULL");
-        laq_check(params->size >= offsetof(laq_params, pinned) && params->size <= 4096, "params->size is not set");
-        laq_params p = laq_default_params();
-        copy_sized(p, *params, params->size);
+        laq_params p = params_of_caller(*params);
         check_params(p, laq->n_cells());
         laq_check(p.n_ctx == 0 || p.n_ctx == laq->n_ctx, "n_ctx is that of laq_attach()");
         laq_check(p.score_kernel == laq->params.score_kernel, "score_kernel is that of laq_attach()");
@@ -219,7 +219,7 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         p.archive_type   = laq->params.archive_type;
         p.archive_limit  = laq->params.archive_limit;
         p.archive_folder = laq->params.archive_folder;
-        laq_check(laq->can_score || !scores_any(p),
+        laq_check(laq->can_score || !laq_policy_scores(p),
                   "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
         laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
                       p.n_window + p.n_lookahead <= laq->scratch.pos.size(),

@@ -211,7 +211,7 @@ void laq_graph_reserve(laq_cache & laq) {
     if (laq.by_graph) {
         laq_graph_reserve_moves(laq);
     }
-    if (!laq.can_score && !laq_policy_needs_queries(laq.params) && laq.params.draft != LAQ_DRAFT_SNAPKV) {
+    if (!laq.can_score && !laq_policy_scores(laq.params)) {
         return;
     }
     llm_graph_result * res = laq.ctx->get_gf_res_reserve();

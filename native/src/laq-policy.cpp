@@ -186,6 +186,10 @@ bool laq_policy_needs_lookahead(const laq_params & params) {
     return params.policy == LAQ_POLICY_LAQ || params.policy == LAQ_POLICY_LAQ_PP;
 }
 
+bool laq_policy_scores(const laq_params & params) {
+    return laq_policy_needs_queries(params) || params.draft == LAQ_DRAFT_SNAPKV;
+}
+
 uint32_t laq_policy_tail(const laq_params & params) {
     return laq_policy_window(params);
 }

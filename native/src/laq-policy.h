@@ -65,6 +65,9 @@ uint32_t laq_policy_window(const laq_params & params);
 bool laq_policy_needs_queries(const laq_params & params);
 bool laq_policy_needs_lookahead(const laq_params & params);
 
+// whether keys are ever scored: by the policy or by its draft
+bool laq_policy_scores(const laq_params & params);
+
 // Most tokens at the end of a message that are read again after a re-selection: the window, which is whole anyway. More
 // would take cells from the tokens that come back.
 uint32_t laq_policy_tail(const laq_params & params);

@@ -238,7 +238,8 @@ struct reselection {
 
     laq_params           params;
     std::vector<int32_t> archived;
-    std::vector<float>   mask;  // [n_q][n_kv] of the head that `masked` are the positions of
+    std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
+    std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
     std::vector<int32_t> masked;
     size_t               n_same = 0;  // of the rows selected in the first layers, those that are resident
     size_t               n_all  = 0;
@@ -428,7 +429,8 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
             for (const laq_row & row : rows[ikv][h]) {
                 if (row.cell < 0) {
                     dst.resize(dst.size() + n_row);
-                    convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type, &*dst.end() - n_row, n);
+                    convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type, dst.data() + dst.size() - n_row,
+                            n);
                 }
             }
         }
@@ -448,13 +450,8 @@ std::vector<float> queries_of(const laq_cache & laq, uint32_t ikv, const std::ve
 }
 
 reselection::result reselection::run_layer(uint32_t ikv) {
-    laq_archive &        archive = laq.recall->archive;
-    std::vector<uint8_t> wanted(archive.n_blocks());
-    for (const int32_t pos : archived) {
-        wanted[pos / laq_archive::N_BLOCK] = 1;
-    }
     archive_part keys;
-    if (!keys.read(archive, ikv, 0, wanted)) {
+    if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
         return result::LOST;
     }
     const laq_cell_rows      cells(laq, ikv, false, 0, laq.cells().used_max_p1());
@@ -480,7 +477,11 @@ reselection::result reselection::run_layer(uint32_t ikv) {
 }
 
 reselection::result reselection::run() {
-    archived           = laq.recall->archive.positions();
+    archived = laq.recall->archive.positions();
+    blocks.assign(laq.recall->archive.n_blocks(), 0);
+    for (const int32_t pos : archived) {
+        blocks[pos / laq_archive::N_BLOCK] = 1;
+    }
     params.n_kv_budget = n_kept();
     const size_t n     = laq.layers.size();
     n_same = n_all = 0;
