@@ -77,7 +77,7 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
         kv_recall_type: str | None = None,
         kv_recall_limit: int | str | None = None,
         recall: str = "turn",
-        recall_rounds: int = 2,
+        recall_rounds: int = 1,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -129,8 +129,9 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
                 tokens then go to a file. None: "ram": any number, "disk": 0.
             recall: when tokens are chosen again: "turn" (once a prompt has been read), "always"
                 (also where generating finds no cells), "never" (by `recall()` alone).
-            recall_rounds: with "pseudo", how often tokens are decoded ahead and chosen by: the
-                first time what they would look at may not be there.
+            recall_rounds: how often a message chooses by the queries of its own last tokens (at
+                most snapkv_window) and is read again, before kv_policy chooses: the first time it
+                was read, what it looks at may not have been there.
             n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
                 llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no
                 memory. Beyond the length that the model was trained for nothing is decoded, unless

@@ -32,13 +32,13 @@ class RecallConfig:
     kv_recall_type: str | None = None
     kv_recall_limit: int | str | None = None
     recall: str = "turn"
-    recall_rounds: int = 2
+    recall_rounds: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("kv_recall", self.kv_recall, (None, *STORES))
         _check_choice("kv_recall_type", self.kv_recall_type, (None, *RECALL_TYPES))
         _check_choice("recall", self.recall, tuple(RECALLS))
-        check_integer("recall_rounds", self.recall_rounds, 1, 16)
+        check_integer("recall_rounds", self.recall_rounds, 0, 16)
         self.limit()
         for name in ("kv_recall_type", "kv_recall_limit"):
             if self.kv_recall is None and getattr(self, name) is not None:

@@ -161,8 +161,19 @@ def cublas_of_package(python: Path) -> list[str]:
     for header in [h for folder in packages for h in folder.glob("nvidia/**/cublas_v2.h")]:
         library = next((header.parent.parent / "lib").glob("libcublas.so*"), None)
         if library:
-            return [f"CUDA_cublas_LIBRARY={library}", f"CMAKE_CUDA_FLAGS=-I{header.parent}"]
+            headers = _headers_alone(header.parent)
+            return [f"CUDA_cublas_LIBRARY={library}", f"CMAKE_CUDA_FLAGS=-I{headers}"]
     raise DevError(f"no cuBLAS in {toolkit}: pip install nvidia-cublas")
+
+
+def _headers_alone(folder: Path) -> Path:
+    """cuBLAS's headers in a folder of their own: NVIDIA's packages share one, and another
+    version's cuda_runtime.h must not come before the toolkit's."""
+    alone = dev.BUILD / "cublas"
+    alone.mkdir(parents=True, exist_ok=True)
+    for header in folder.glob("cublas*.h"):
+        shutil.copy(header, alone)
+    return alone
 
 
 def _env(**extra: str) -> dict[str, str]:

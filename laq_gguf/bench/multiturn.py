@@ -45,11 +45,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "laq++-deferred": {"kv_policy": "laq++", "lookahead": "deferred"},
     "laq++-pseudo": {"kv_policy": "laq++", "lookahead": "pseudo"},
     "laq++-recall": {"kv_policy": "laq++", "lookahead": "pseudo", "kv_recall": "ram"},
-    "laq++-recall-1": {
+    "laq++-recall-0": {
         "kv_policy": "laq++",
         "lookahead": "pseudo",
         "kv_recall": "ram",
-        "recall_rounds": 1,
+        "recall_rounds": 0,
     },
     "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
     "snapkv": {"kv_policy": "snapkv"},

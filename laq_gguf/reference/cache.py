@@ -60,9 +60,6 @@ class KVCache(Cells):
         """Cells that an eviction down to the budget frees."""
         return 0 if self.params.policy == "full" else max(self.n_resident - self.params.budget, 0)
 
-    #: last tokens of the prompt that are to be read again after a re-selection, and stay whole
-    n_tail = 0
-
     def recalls(self, when: str) -> bool:
         """Whether there is something to choose from again: see recall.py."""
         return False
@@ -125,8 +122,6 @@ class KVCache(Cells):
                 f"lookahead {params.lookahead!r} needs the tokens that follow the prompt"
             )
         n_prompt, n_intact = self.n_tokens, self._intact(self.n_tokens)
-        if recall and wants_pseudo:
-            n_intact = min(n_intact, n_prompt - self.n_tail)
         defers = params.needs_lookahead and not wants_pseudo
         n_end = n_prompt + (params.lookahead_size if defers else 0)
         check_pinned(params, params.budget, n_intact, n_end)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
 from .cache import KVCache
-from .plan import check_pinned
+from .plan import check_pinned, n_always
 from .select import PolicyParams, Span, query_range, select_head
 
 RECALLS = ("never", "turn", "always")
@@ -24,11 +24,12 @@ RECALLS = ("never", "turn", "always")
 RECALL_NEW, RECALL_LAYERS = 0.02, 4
 
 
-def tail_size(params: PolicyParams) -> int:
-    """Most tokens at the end of a message that are read again after a re-selection (pseudo
-    lookahead): they were read while what they look at may not have been there. Only what every
-    head keeps anyway: more would take cells from the tokens that come back."""
-    return params.window
+def message_size(params: PolicyParams) -> int:
+    """Most tokens at the end of a message that select by their own queries and are read again,
+    since they were read while what they look at may not have been there: SnapKV's window, but a
+    quarter of the budget at most, and no more than the budget holds beside what is pinned."""
+    n_room = params.budget - n_always(params) + params.window
+    return max(0, min(params.snapkv_window, params.budget // 4, n_room))
 
 
 @dataclass
@@ -143,6 +144,19 @@ class RecallCache(KVCache):
             queries = query_range(params, n_prompt, n_end)
             self._evict(params.budget, n_intact, queries, n_end, recall=True)
             self.pending = False
+
+    def choose_for_message(self, n_message: int) -> bool:
+        """Choose by the queries of the last n_message tokens, which stay whole, before the prompt
+        ends. Whether something came back: those tokens are then to be removed and read again.
+
+        Raises:
+            ValueError: more cells are pinned than the budget holds.
+        """
+        n_end, n_before = self.n_tokens, self.n_recalls
+        first = n_end - n_message
+        check_pinned(self.params, self.params.budget, first, n_end)
+        self._evict(self.params.budget, first, (first, n_end), n_end, recall=True)
+        return self.n_recalls > n_before
 
     def _evict(
         self,

@@ -124,12 +124,13 @@ struct laq_params {
     uint32_t                n_pinned;
     const struct laq_span * pinned;  // [n_pinned] positions that are always kept, of every sequence
     // The archive: K and V of every token before its cells are freed, outside of the device's memory.
-    int32_t      archive;          // 1 = there is one
-    int32_t      archive_type;     // enum ggml_type of its rows; -1 = as in the cache, byte for byte
-    uint64_t     archive_limit;    // bytes of it in host memory; the oldest tokens then go to a file
-    const char * archive_folder;   // of that file; NULL = there is none, and the oldest tokens are lost
-    int32_t      recall;           // enum laq_recall_when
-    uint32_t     n_recall_rounds;  // PSEUDO: times that tokens are decoded ahead and selected by
+    int32_t      archive;         // 1 = there is one
+    int32_t      archive_type;    // enum ggml_type of its rows; -1 = as in the cache, byte for byte
+    uint64_t     archive_limit;   // bytes of it in host memory; the oldest tokens then go to a file
+    const char * archive_folder;  // of that file; NULL = there is none, and the oldest tokens are lost
+    int32_t      recall;          // enum laq_recall_when
+    uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
+                               // selects
 };
 
 struct laq_stats {

@@ -89,7 +89,7 @@ laq_params laq_default_params(void) {
     p.archive_type    = -1;
     p.archive_limit   = UINT64_MAX;
     p.recall          = LAQ_RECALL_TURN;
-    p.n_recall_rounds = 2;
+    p.n_recall_rounds = 1;
     return p;
 }
 
@@ -141,7 +141,7 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.recall >= LAQ_RECALL_NEVER && p.recall <= LAQ_RECALL_ALWAYS,
               "recall is not one of enum laq_recall_when");
     laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
-    laq_check(p.n_recall_rounds >= 1 && p.n_recall_rounds <= 16, "n_recall_rounds must be in [1, 16]");
+    laq_check(p.n_recall_rounds <= 16, "n_recall_rounds must be in [0, 16]");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
     if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
@@ -281,6 +281,9 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
         if (laq->params.policy == LAQ_POLICY_FULL || (fits && !recall)) {
             laq->seqs[seq_id].remembers = false;
             return;
+        }
+        if (recall) {
+            laq_recall_for_message(*laq, seq_id);
         }
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });

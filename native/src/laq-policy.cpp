@@ -190,8 +190,10 @@ bool laq_policy_scores(const laq_params & params) {
     return laq_policy_needs_queries(params) || params.draft == LAQ_DRAFT_SNAPKV;
 }
 
-uint32_t laq_policy_tail(const laq_params & params) {
-    return laq_policy_window(params);
+uint32_t laq_policy_message(const laq_params & params) {
+    const int64_t n_room = (int64_t) params.n_kv_budget - laq_policy_n_pinned(params) + laq_policy_window(params);
+    return std::clamp<int64_t>(std::min(params.n_window_snapkv, params.n_kv_budget / 4), 0,
+                               std::max<int64_t>(0, n_room));
 }
 
 uint32_t laq_policy_ahead(const laq_params & params) {

@@ -68,9 +68,9 @@ bool laq_policy_needs_lookahead(const laq_params & params);
 // whether keys are ever scored: by the policy or by its draft
 bool laq_policy_scores(const laq_params & params);
 
-// Most tokens at the end of a message that are read again after a re-selection: the window, which is whole anyway. More
-// would take cells from the tokens that come back.
-uint32_t laq_policy_tail(const laq_params & params);
+// Most tokens at the end of a message that select by their own queries and are read again: SnapKV's window, but a quarter
+// of the budget at most, and no more than the budget holds beside what is pinned
+uint32_t laq_policy_message(const laq_params & params);
 
 // tokens of the lookahead, and cells that stay free for the probe while a prompt is read
 uint32_t laq_policy_ahead(const laq_params & params);

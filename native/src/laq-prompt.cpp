@@ -216,11 +216,10 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
     return n;
 }
 
-// The prompt's last tokens were read while what they ask for was not there: they are read again.
-static void read_again(laq_cache & laq, int32_t seq_id) {
-    const int32_t                  n_prompt = laq.n_tokens(seq_id);
-    const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt);
-    const int32_t                  n        = tail.size();
+// The prompt's last tokens were read while what they look at was not there: they are read again.
+static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_token> & tail) {
+    const int32_t n_prompt = laq.n_tokens(seq_id);
+    const int32_t n        = tail.size();
     if (n == 0) {
         return;
     }
@@ -235,9 +234,37 @@ static void read_again(laq_cache & laq, int32_t seq_id) {
     laq.stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
 }
 
-// One round: decode ahead from the logits, evict by the queries, drop what was decoded ahead.
-static void evict_by_pseudo_once(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits, bool recall) {
-    const int32_t n_prompt = laq.n_tokens(seq_id);
+void laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
+    const uint32_t n_most = laq_policy_message(laq.params_of(seq_id));
+
+    for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
+        const int32_t                  n_prompt = laq.n_tokens(seq_id);
+        const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
+        const int32_t                  first    = n_prompt - (int32_t) tail.size();
+        const uint32_t                 n_before = laq.stats.n_recalls;
+        if (tail.empty()) {
+            return;
+        }
+        laq.run_update(
+            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, { first, n_prompt }, false, first, n_prompt, true }); });
+        if (laq.stats.n_recalls == n_before) {
+            return;  // what it looks at is here
+        }
+        read_again(laq, seq_id, tail);
+    }
+}
+
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
+    const std::vector<float> logits   = last_logits(laq);
+    const int32_t            n_prompt = laq.n_tokens(seq_id);
+    const uint32_t           n_before = laq.stats.n_recalls;
+    const bool               recall   = laq.recalls(seq_id, LAQ_RECALL_TURN);
+
+    // those that stay whole: reading more of them again would take cells from the tokens that come back
+    std::vector<llama_token> tail;
+    if (recall) {
+        tail = laq.recall->tail(laq, seq_id, n_prompt, laq_policy_window(laq.params));
+    }
 
     const auto restore = [&] {
         forget_from(laq, seq_id, n_prompt);
@@ -250,11 +277,8 @@ static void evict_by_pseudo_once(laq_cache & laq, int32_t seq_id, const std::vec
                                      ? decode_ahead_from_snapkv(laq, seq_id, logits)
                                      : decode_ahead(laq, seq_id, logits);
 
-        const auto queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
-        int32_t    n_intact = laq.intact_from(seq_id, n_prompt);
-        if (recall) {
-            n_intact = std::min<int32_t>(n_intact, n_prompt - laq.recall->tail(laq, seq_id, n_prompt).size());
-        }
+        const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
+        const int32_t n_intact = laq.intact_from(seq_id, n_prompt);
         laq.run_update(
             [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall }); });
     } catch (...) {
@@ -262,19 +286,7 @@ static void evict_by_pseudo_once(laq_cache & laq, int32_t seq_id, const std::vec
         throw;
     }
     restore();
-}
-
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
-    if (!laq.recalls(seq_id, LAQ_RECALL_TURN)) {
-        evict_by_pseudo_once(laq, seq_id, last_logits(laq), false);
-        return;
-    }
-    for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
-        const uint32_t n_before = laq.stats.n_recalls;
-        evict_by_pseudo_once(laq, seq_id, last_logits(laq), true);
-        if (laq.stats.n_recalls == n_before) {
-            return;  // what is needed is here
-        }
-        read_again(laq, seq_id);
+    if (laq.stats.n_recalls > n_before) {
+        read_again(laq, seq_id, tail);
     }
 }

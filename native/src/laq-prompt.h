@@ -11,3 +11,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
 // The paper's lookahead pass (arXiv 2505.20334, section 3): decode n_lookahead greedy tokens, evict by their queries,
 // drop them, and put the prompt's last logits back. Throws laq_error; the cache then holds the whole prompt still.
 void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id);
+
+// A message was read while what it looks at may not have been there: n_recall_rounds times, its last tokens select by
+// their own queries and are read again. Throws laq_error.
+void laq_recall_for_message(laq_cache & laq, int32_t seq_id);

@@ -89,11 +89,12 @@ void laq_recall_state::forget(int32_t p0) {
     }
 }
 
-std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt) const {
-    const int32_t n_most = std::min<int32_t>(laq_policy_tail(laq.params_of(seq_id)), pos.size());
+std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt,
+                                                uint32_t n_most) const {
+    const int32_t n = std::min<int32_t>(n_most, pos.size());
 
     int32_t p = n_prompt;
-    while (p > laq.seqs[seq_id].n_intact && n_prompt - p < n_most && pos[(p - 1) % pos.size()] == p - 1) {
+    while (p > laq.seqs[seq_id].n_intact && n_prompt - p < n && pos[(p - 1) % pos.size()] == p - 1) {
         --p;
     }
     std::vector<llama_token> res;

@@ -28,8 +28,8 @@ struct laq_recall_state {
     void note(const llama_ubatch & ubatch);
     void forget(int32_t p0);  // positions from p0 on
 
-    // the tokens before n_prompt that are to be read again: those that every head holds and that are known
-    std::vector<llama_token> tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt) const;
+    // the last tokens before n_prompt, at most n_most: those that every head holds and that are known
+    std::vector<llama_token> tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt, uint32_t n_most) const;
 };
 
 // Archive the tokens that every head holds so far and that an eviction lets go. What finds no memory is lost.

@@ -302,6 +302,20 @@ static void test_n_pinned() {
     CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8 + 8);
 }
 
+static void test_message() {
+    // a quarter of the budget, SnapKV's window, what is not pinned
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 64);
+    CHECK(laq_policy_message(params) == 16);
+    params.n_kv_budget = 1000;
+    CHECK(laq_policy_message(params) == 32);
+    const laq_span spans[] = { { 10, 980 } };
+    params.pinned          = spans;
+    params.n_pinned        = 1;
+    CHECK(laq_policy_message(params) == 1000 - 970 - 4 - 8);
+    params.n_kv_budget = 900;
+    CHECK(laq_policy_message(params) == 0);
+}
+
 static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resident, uint32_t n_left, laq_chunk want) {
     const laq_chunk got = laq_plan_chunk(&params, n_cells, n_resident, n_resident, n_left, 512);
     return got.n_tokens == want.n_tokens && got.n_evict == want.n_evict && got.n_probe == want.n_probe;
@@ -349,6 +363,7 @@ int main() {
     test_select_head();
     test_queries();
     test_n_pinned();
+    test_message();
     if (n_failed > 0) {
         std::fprintf(stderr, "%d checks failed\n", n_failed);
     }

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from laq_gguf.reference import PolicyParams, Tokens
 from laq_gguf.reference.plan import n_always
-from laq_gguf.reference.recall import tail_size
+from laq_gguf.reference.recall import message_size
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
 from property.native_cache import NativeCache, Rows
@@ -174,26 +174,37 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            tail = self._tail()
-            cache.n_tail = len(tail)
+            message = self._tail(message_size(params)) if self._chooses_for_message() else []
+            if message and cache.choose_for_message(len(message)):
+                self._read_again(message)
+            tail = self._tail(params.window) if looks_ahead else []
+            n_before = cache.n_recalls
             cache.prompt_end(self._pseudo() if looks_ahead else None)
-            n = self.after.n_reread - self.before.n_reread
-            if n > 0:
-                assert cache.remove(cache.n_tokens - n)
-                assert n == len(tail)
-                self.logits = self.model.forward(tail, cache)
-                self.n_decoded += n
-                self._adopt(n)
+            if cache.n_recalls > n_before:
+                self._read_again(tail)
 
         self._both(self._call["prompt_end"], model)
         if logits is not None and self.after.n_reread == self.before.n_reread:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
 
-    def _tail(self) -> list[int]:
-        """What is read again after a re-selection."""
+    def _chooses_for_message(self) -> bool:
+        return self.llm.recall_config.recall_rounds > 0 and self.cache.recalls("turn")
+
+    def _read_again(self, tokens: list[int]) -> None:
+        n = len(tokens)
+        if n == 0:
+            return
+        assert self.after.n_reread - self.before.n_reread == n
+        assert self.cache.remove(self.cache.n_tokens - n)
+        self.logits = self.model.forward(tokens, self.cache)
+        self.n_decoded += n
+        self._adopt(n)
+
+    def _tail(self, n_most: int) -> list[int]:
+        """The last tokens that every head holds and that are known."""
         cache, tail = self.cache, []
         for p in range(cache.n_tokens - 1, cache.n_intact - 1, -1):
-            if p not in self.tokens or len(tail) == tail_size(cache.params):
+            if p not in self.tokens or len(tail) == n_most:
                 break
             tail.insert(0, self.tokens[p])
         return tail

@@ -16,7 +16,7 @@ from laq_gguf.recall import RecallConfig
         ({"kv_recall": "ram", "kv_recall_limit": "much"}, "kv_recall_limit='much' is not a size"),
         ({"kv_recall": "ram", "kv_recall_limit": 0.5}, "kv_recall_limit must be an int"),
         ({"recall": "often"}, "recall must be one of never, turn, always"),
-        ({"recall_rounds": 0}, "recall_rounds must be from 1 to 16"),
+        ({"recall_rounds": 17}, "recall_rounds must be from 0 to 16"),
         ({"kv_recall_limit": 5}, 'give kv_recall="ram"'),
         ({"kv_recall_type": "q8_0"}, 'give kv_recall="ram"'),
     ],
