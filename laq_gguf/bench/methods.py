@@ -201,13 +201,18 @@ def tokens_of_share(share: float, n_prompt: int, full_cell: float, own_cell: flo
     return int(share * n_prompt * full_cell / own_cell)
 
 
-def bounded_size(n_tokens: int, config: LaqConfig) -> tuple[int, int] | None:
-    """Budget and staging of a cache that never has more than n_tokens cells.
+def bounded_size(
+    n_tokens: int, config: LaqConfig, staging: int | None = None
+) -> tuple[int, int] | None:
+    """Budget and staging of a cache that never has more than n_tokens cells; with `staging`, of one
+    that has so many cells beyond a budget of n_tokens.
 
     Cells come in steps of 256: up to STEP_EXCESS more are taken rather than a whole step less. A
     quarter of them, and no less than a prompt in chunks needs, is for what is being read; the rest
     stays. None: not even one step fits, or nothing could stay.
     """
+    if staging is not None:
+        return n_tokens, staging
     n_cells = int(n_tokens * (1 + STEP_EXCESS)) // CELL_STEP * CELL_STEP
     staging = max(config.min_staging, n_cells // 4)
     budget = n_cells - staging

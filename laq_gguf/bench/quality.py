@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shares", type=shares, help="of the full f16 cache's bytes: 1/4,1/8,1/16")
     add("--budgets", type=integers, help="tokens in place of shares: 128,256")
     add("--bounded-cells", type=int, help="bounded has no row with fewer cells than these")
+    add("--bounded-staging", type=int, help="bounded: the same --budgets, and N cells more")
     add("--n-compare", type=int, help="tokens of the full cache's answer that are compared")
     add("--max-new-tokens", type=int, help="of an answer, where the task allows more")
     add("--minutes", type=float, help="begin no example that would not be done by then")
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_model(args)
     if args.shares and args.budgets:
         raise ValueError("--shares and --budgets say the same: give one of them")
+    if args.bounded_staging is not None and not args.budgets:
+        raise ValueError("--bounded-staging goes with --budgets: shares are of all cells")
     apply_preset(args)
     least = {"n_compare": 1, "max_new_tokens": 1, "limit": 1, "n_needles": 1, "threads": 1}
     for name, low in least.items():

@@ -118,7 +118,7 @@ class Measurement:
             return True
         n, least = self._tokens(prompt, case), case.method.least
         why = f"{least} are always kept" if n < least else ""
-        size = bounded_size(n, case.method.config)
+        size = bounded_size(n, case.method.config, self._args.bounded_staging)
         if case.method.bounded and (size is None or sum(size) < self._args.bounded_cells):
             why = f"fewer than {self._args.bounded_cells} cells, or too few beside a probe"
         if why:

@@ -92,12 +92,12 @@ class BoundedReader:
     """A cache of few cells, which reads each prompt in chunks."""
 
     def __init__(self, args: argparse.Namespace, n_ctx: int, method: Method, n_tokens: int) -> None:
-        """Load the model. n_tokens: cells at most.
+        """Load the model. n_tokens: cells at most, or the budget (--bounded-staging).
 
         Raises:
             ValueError: too few, see methods.bounded_size.
         """
-        size = bounded_size(n_tokens, method.config)
+        size = bounded_size(n_tokens, method.config, args.bounded_staging)
         if size is None:
             raise ValueError(f"{n_tokens} cells are too few for {method.name}")
         budget, staging = size
@@ -147,7 +147,7 @@ class Readers:
 
     def bounded(self, method: Method, n_tokens: int) -> BoundedReader:
         """The reader of a bounded method with so many cells at most."""
-        size = bounded_size(n_tokens, method.config)
+        size = bounded_size(n_tokens, method.config, self._args.bounded_staging)
         reader = self._get(
             (method.name, sum(size) if size else 0),
             lambda: BoundedReader(self._args, self._n_ctx, method, n_tokens),

@@ -125,6 +125,7 @@ def test_a_bounded_cache_counts_all_its_cells() -> None:
     assert bounded_size(256, config) == (168, 88) and config.min_staging == 88
     assert bounded_size(250, config) == (168, 88) and bounded_size(248, config) is None
     assert sum(bounded_size(507, config)) == 512, "1 % more, not half"
+    assert bounded_size(256, config, staging=512) == (256, 512), "the budget of the others"
 
 
 def test_every_command_is_one_of_the_installed_command(capsys: pytest.CaptureFixture) -> None:

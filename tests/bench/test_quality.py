@@ -228,6 +228,7 @@ def test_errors_are_one_line_and_status_2(bench, tiny: Path, tmp_path: Path) -> 
         (("--model", tiny, "--methods", "laq@q9"), "unknown K/V type 'q9'"),
         (("--model", tiny, "--shares", "2"), "between 0 and 1"),
         (("--model", tiny, "--shares", "1/2", "--budgets", 99), "give one of them"),
+        (("--model", tiny, "--bounded-staging", 256), "--bounded-staging goes with --budgets"),
         (("--model", tiny, "--n-compare", 0), "--n-compare is at least 1"),
         (("--model", tiny, "--tasks", "perplexity"), "pass --data"),
     ):
