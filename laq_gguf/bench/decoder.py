@@ -228,6 +228,17 @@ class Commands:
         steps = self._steps(int(decoder.logits().argmax()), n)
         return {"ms_steps": steps, "stats": decoder.stats()}
 
+    def turn(self, *, tokens: list[int]) -> dict[str, Any]:
+        """Read a message that goes on after what is decoded: ms, and the counters around it."""
+        decoder = self._loaded
+        decoder.flush()
+        before = decoder.stats()
+        start = time.perf_counter()
+        decoder.extend(tokens)
+        decoder.logits()  # waits for them
+        ms = 1e3 * (time.perf_counter() - start)
+        return {"ms": ms, "before": before, "after": decoder.stats()}
+
     def decode(self, *, n_past: int, n: int) -> dict[str, Any]:
         """Go back to position `n_past` and decode `n` tokens greedily; ms of each step."""
         if not self._loaded.rewind(n_past):

@@ -1,4 +1,4 @@
-"""Device: evictions beside decoding on one device, for a model of any shape and long contexts.
+"""Device: evictions and recall beside decoding on one device, for any model and long contexts.
 
 Random tokens are read: nothing here depends on what they say. Each configuration is a process of
 its own, so that the memory of the device can be read before and after it.
@@ -20,13 +20,16 @@ from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, eviction_ms, ratios
 from laq_gguf.bench.worker import Worker, WorkerError
 from laq_gguf.config import round_cells
 
+LOOKAHEAD_SIZE = 8
+N_MESSAGE = 32  # tokens of the message that chooses again
 NOTES = [
     "decode steps of the full cache: those between the prompt and its eviction, when the whole "
     "prompt fits the cells (one sequence, FlashAttention on)",
+    f"re-selection (kv_recall, lookahead pseudo): after a message of {N_MESSAGE} tokens; what was "
+    "read again and the pseudo tokens count",
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
-LOOKAHEAD_SIZE = 8
 FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     capped = {"kv_budget": args.budget, "kv_staging": args.kv_staging}
     plan = [("short", n_short, n_cells, {}), ("whole", first, first + n_cells, whole)]
     plan += [(f"capped {n}", n, n + n_cells, capped) for n in args.n_prompts]
+    recall = {**capped, "lookahead": "pseudo", "kv_recall": "ram"}
+    plan.append((f"recall {first}", first, first + n_cells, recall))
     for name, n_prompt, n_ctx, options in plan:
         print(f"{args.device}: {name}, {n_prompt} tokens", file=sys.stderr)
         document["results"][name] = _measure(args, n_prompt, n_ctx, n_settle, options)
@@ -98,6 +103,9 @@ def _measure(
             n = N_WARM_UP + args.n_decode
             steps = worker("generate", n=n)
             rounds.append(_round(read, steps))
+            if "kv_recall" in options:
+                message = (FIRST_TOKEN + rng.integers(0, N_TOKENS, N_MESSAGE)).tolist()
+                rounds[-1]["recall"] = recall_of(worker("turn", tokens=message))
         stats = steps["stats"]
         used = free - worker("device_free", name=args.device)
     if stats and args.device not in stats["devices"]:
@@ -114,6 +122,40 @@ def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
     if read["stats"]:
         result["eviction"] = eviction(read["stats_before"], read["stats"], read["ms_settle"])
     return result
+
+
+def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
+    """What a message's re-selection took, ms: `ms` in all, pseudo tokens and what was read again
+    included; rows that came back; and the bytes on the device, before and after."""
+    before, after = turn["before"], turn["after"]
+    parts = {
+        n: after[n] - before[n] for n in ("ms_recall", "ms_lookahead", "n_recalls", "n_recalled")
+    }
+    held = ("kv_bytes", "ring_bytes", "compute_bytes")
+    return {
+        "ms": parts["ms_recall"] + parts["ms_lookahead"],
+        "ms_message": turn["ms"],
+        **parts,
+        "device_bytes_before": sum(before[n] for n in held),
+        "device_bytes_after": sum(after[n] for n in held),
+    }
+
+
+def recall_bars(rounds: list[dict[str, Any]], full: list[float], n: int) -> list[dict[str, Any]]:
+    """The bars of a re-selection after n tokens; full: a decode step of the full cache, ms."""
+    found = [r["recall"] for r in rounds]
+    grown = [r["device_bytes_after"] - r["device_bytes_before"] for r in found]
+    return [
+        bar(
+            f"re-selection after {n} tokens, in decode steps of the full cache",
+            ratios([r["ms"] for r in found], full), "< 10", lambda x: x < 10,
+        ),
+        bar(
+            f"re-selection after {n} tokens, s",
+            [r["ms"] / 1e3 for r in found], "< 0.5", lambda x: x < 0.5,
+        ),
+        bar("bytes on the device that it added", grown, "<= 0", lambda x: x <= 0),
+    ]  # fmt: skip
 
 
 def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
@@ -144,4 +186,7 @@ def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
                 "<= 1.05", lambda x: x <= 1.05,
             )
         )  # fmt: skip
+    again = results.get(f"recall {n_prompts[0]}")
+    if again:
+        lines += recall_bars(again["rounds"], full, n_prompts[0])
     return lines

@@ -35,6 +35,20 @@ def test_bars() -> None:
     assert memory["values"] == [1.1] and not memory["passed"]
 
 
+def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
+    counts = {"ms_recall": 0.0, "ms_lookahead": 0.0, "n_recalls": 1, "n_recalled": 5}
+    before = {**counts, "kv_bytes": 70, "ring_bytes": 20, "compute_bytes": 10}
+    after = {**before, "ms_recall": 30.0, "ms_lookahead": 20.0, "n_recalls": 3, "n_recalled": 9}
+    found = device.recall_of({"ms": 60.0, "before": before, "after": after})
+    assert (found["ms"], found["ms_message"], found["n_recalled"]) == (50.0, 60.0, 4)
+    grown = {**found, "device_bytes_after": 101}
+    again = {"rounds": [{"recall": found}, {"recall": grown}]}
+    steps, seconds, added = device.bars({**results(), "recall 64": again}, [64])[-3:]
+    assert steps["values"] == [5.0, 5.0] and steps["passed"]
+    assert seconds["values"] == [0.05, 0.05] and seconds["passed"]
+    assert added["values"] == [0, 1] and not added["passed"]
+
+
 def gpu_check() -> dict:
     return runpy.run_path(str(ROOT / "scripts" / "gpu_check.py"))
 
@@ -84,13 +98,16 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text(encoding="utf-8"))
     found = document["results"]
-    assert list(found) == ["short", "whole", "capped 640", "capped 700"]
+    assert list(found) == ["short", "whole", "capped 640", "capped 700", "recall 640"]
     assert found["short"]["stats"] is None
     assert found["whole"]["stats"]["n_evictions"] == 1
     for name in ("capped 640", "capped 700"):
         assert found[name]["stats"]["n_cells"] == 512
         assert found[name]["stats"]["devices"] == ["CPU"]
-    assert len(document["bars"]) == 5
+    again = found["recall 640"]["rounds"][0]["recall"]
+    assert again["n_recalls"] == 2 and again["n_recalled"] > 0, "the message's, and laq++'s"
+    assert again["device_bytes_before"] == again["device_bytes_after"] > 0
+    assert len(document["bars"]) == 8
     assert "| bar |" in report.render(out)
 
 
