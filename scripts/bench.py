@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from laq_gguf.bench import commands, report
+from laq_gguf.bench import commands, readme, report
 
 ROOT = Path(__file__).resolve().parent.parent
 #: what README shows, in its order
@@ -28,7 +28,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
 
 def measured(text: str) -> str:
     """README.md with the tables of README_RESULTS between its marks."""
-    section = report.readme_section([report.read(RESULTS / f"{n}.json") for n in README_RESULTS])
+    section = readme.section([report.read(RESULTS / f"{n}.json") for n in README_RESULTS])
     before, begin, rest = text.partition("<!-- measured -->\n")
     _, end, after = rest.partition("<!-- /measured -->\n")
     if not begin or not end:

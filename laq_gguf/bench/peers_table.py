@@ -57,18 +57,3 @@ def peers_table(document: Document) -> str:
         ),
         rows,
     )
-
-
-def peers_brief(document: Document) -> str:
-    """Markdown table of a peers result: means over the tasks."""
-    return table(
-        (
-            ("peer", lambda r: r["method"]),
-            ("of the full f16 bytes", lambda r: share_text(r["share"])),
-            ("n", lambda r: str(r["n"])),
-            ("score", lambda r: f"{r['mean']:.3f}"),
-            ("KL to full, nats", lambda r: f"{r['kl']:.3f}"),
-            ("top-1 as full", lambda r: f"{r['top1_agreement']:.2f}"),
-        ),
-        peers_rows(document),
-    )

@@ -189,24 +189,6 @@ def size_table(document: Document) -> str:
     return table(columns, rows)
 
 
-def quality_brief(document: Document) -> str:
-    """Markdown table of a quality result: one row per method and size, means over the tasks."""
-    if not has_sizes(document):
-        return quality_summary(document)
-    return table(
-        (
-            ("method", lambda r: r["method"]),
-            ("of the full f16 bytes", lambda r: _size(r)),
-            ("KV, MiB", lambda r: number(r["kv_bytes"] / 2**20, ".2f")),
-            ("n", lambda r: str(r["n"])),
-            ("score", lambda r: number(r["mean"], ".3f")),
-            ("KL to full, nats", lambda r: number(r["kl"], ".3f")),
-            ("top-1 as full", lambda r: number(r["top1_agreement"], ".2f")),
-        ),
-        size_rows(document),
-    )
-
-
 def half_rows(document: Document) -> list[Row]:
     """One row per method and size, in the order of `size_rows`: both halves of the examples.
 

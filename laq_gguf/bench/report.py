@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laq_gguf.bench import curve_tables, kept_page, peers_table, quality_tables, tables
@@ -86,19 +86,10 @@ def _machine(run: Document) -> str:
     return f"{machine['cpu']}, {machine['cores_usable']} cores, {machine['system']}"
 
 
-def readme_section(documents: Sequence[Document]) -> str:
-    """The measured part of README.md: a short table of each document, from result files alone."""
-    return _section(documents, {**SUMMARIES, **README_TABLES})
-
-
 def results_section(documents: Sequence[Document]) -> str:
     """The tables of all results, for the folder that they lie in."""
-    return _section(documents, SUMMARIES)
-
-
-def _section(documents: Sequence[Document], shorter: Mapping[str, Table]) -> str:
     return "\n\n".join(
-        f"{shorter.get(d['kind'], TABLES[d['kind']])(d)}\n\n{provenance_lines(d)}"
+        f"{SUMMARIES.get(d['kind'], TABLES[d['kind']])(d)}\n\n{provenance_lines(d)}"
         for d in documents
     )
 
@@ -121,10 +112,4 @@ SUMMARIES: dict[str, Table] = {
     "quality": quality_tables.quality_summary,
     "multiturn": tables.multiturn_summary,
     "chat": tables.chat_summary,
-}
-# one row for a method or a bar
-README_TABLES: dict[str, Table] = {
-    "quality": quality_tables.quality_brief,
-    "peers": peers_table.peers_brief,
-    "speed": tables.bars_table,
 }

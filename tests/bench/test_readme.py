@@ -3,6 +3,8 @@
 import runpy
 from pathlib import Path
 
+from laq_gguf.bench import readme
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = runpy.run_path(str(ROOT / "scripts" / "bench.py"))
 
@@ -10,7 +12,7 @@ BENCH = runpy.run_path(str(ROOT / "scripts" / "bench.py"))
 def test_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert BENCH["measured"](text) == text, "run python scripts/bench.py readme"
-    assert "| laq++ | 1/8 |" in text, "the default policy is in the table"
+    assert "| laq++ | " in text and "KL at 1/8" in text, "the default policy is in the table"
 
 
 def test_the_page_of_results_shows_all_of_them() -> None:
@@ -18,3 +20,21 @@ def test_the_page_of_results_shows_all_of_them() -> None:
     assert BENCH["all_results"]() == text, "run python scripts/bench.py readme"
     n_commits = len(list(BENCH["RESULTS"].glob("*.json")))
     assert text.count("(sha256 ") == n_commits
+
+
+def test_methods_of_several_results_stand_in_one_table() -> None:
+    one = {"task": "vt", "length": 64, "top1_agreement": 1.0, "kv_bytes_full": 8, "id": "0"}
+    quality = [
+        {**one, "method": method, "size": size, "share": share, "kl": kl, "score": 0.5,
+         "kv_bytes": 8 * share, "counts": "kept cells"}
+        for method, size, share, kl in (
+            ("full", None, 1.0, 0.0), ("laq++", "1/8", 1 / 8, 0.25), ("laq++", "1/4", 1 / 4, 0.125)
+        )
+    ]  # fmt: skip
+    peers = [{**one, "method": "peer", "share": 1 / 8, "kl": 0.75, "score": 0.0, "kv_bytes": 1}]
+    documents = [{"kind": "quality", "results": quality}, {"kind": "peers", "results": peers}]
+    assert readme.shares_table(documents).splitlines()[2:] == [
+        "| 1 | full (1.00 of the bytes) | 1 | 0.000 | 0.000 | 0.50 | 0.50 |",
+        "| 1 | laq++ | 1 | 0.125 | 0.250 | 0.50 | 0.50 |",
+        "| 2 | peer | 1 | - | 0.750 | - | 0.00 |",
+    ]

@@ -1,0 +1,102 @@
+"""The measured part of README.md: few tables of several results; nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from laq_gguf.bench.curve_tables import curve_table
+from laq_gguf.bench.markdown import Document, Row, number, ordered, table
+from laq_gguf.bench.methods import share_text
+from laq_gguf.bench.peers_table import peers_rows
+from laq_gguf.bench.quality_tables import size_rows
+from laq_gguf.bench.tables import bars_table, multiturn_summary
+
+#: kinds whose rows stand in the first table, and how they are made
+AT_EQUAL_BYTES: Mapping[str, Callable[[Document], list[Row]]] = {
+    "quality": size_rows,
+    "peers": peers_rows,
+}
+ONE_EACH: Mapping[str, Callable[[Document], str]] = {
+    "multiturn": multiturn_summary,
+    "speed": bars_table,
+    "device": bars_table,
+    "memory_curve": curve_table,
+}
+
+
+def section(documents: Sequence[Document]) -> str:
+    """The tables of the documents, and where each comes from.
+
+    Raises:
+        KeyError: a document of a kind that README does not show.
+    """
+    at_bytes = [d for d in documents if d["kind"] in AT_EQUAL_BYTES]
+    others = [d for d in documents if d["kind"] not in AT_EQUAL_BYTES]
+    parts = [shares_table(at_bytes), *(ONE_EACH[d["kind"]](d) for d in others)]
+    origins = (origin(d, i + 1) for i, d in enumerate((*at_bytes, *others)))
+    parts.append("\n".join(origins))
+    return "\n\n".join(parts)
+
+
+def shares_table(documents: Sequence[Document]) -> str:
+    """One row for each method of quality and peers results, with its figures at each share; run:
+    which of the documents, from 1."""
+    rows: list[Row] = []
+    for i, document in enumerate(documents):
+        found = AT_EQUAL_BYTES[document["kind"]](document)
+        for method in ordered(r["method"] for r in found):
+            own = {_size(r): r for r in found if r["method"] == method}
+            # transformers' full cache is there to show that both run the same model
+            if document["kind"] == "peers" and "1" in own:
+                continue
+            n = max(r["n"] for r in own.values())
+            rows.append({"run": i + 1, "method": method, "n": n, "own": own})
+    sizes = sorted(
+        ordered(size for row in rows for size in row["own"] if "/" in size),
+        key=lambda size: int(size.partition("/")[2]),
+    )
+
+    def cell(size: str, name: str, spec: str) -> Callable[[Row], str]:
+        def show(row: Row) -> str:
+            own = row["own"]
+            return number(own.get(size, own.get(_only_size(row), {})).get(name), spec)
+
+        return show
+
+    return table(
+        (
+            ("run", lambda r: str(r["run"])),
+            ("method", _name),
+            ("n", lambda r: str(r["n"])),
+            *((f"KL at {size}", cell(size, "kl", ".3f")) for size in sizes),
+            *((f"score at {size}", cell(size, "mean", ".2f")) for size in sizes),
+        ),
+        rows,
+    )
+
+
+def _size(row: Row) -> str:
+    if "size" not in row:
+        return share_text(row["share"])
+    return f"{row['of_full']:.2f}" if row["size"] is None else str(row["size"])
+
+
+def _only_size(row: Row) -> str | None:
+    """Of a cache that never evicts: what share of the bytes it takes."""
+    sizes = list(row["own"])
+    return sizes[0] if len(sizes) == 1 and "/" not in sizes[0] else None
+
+
+def _name(row: Row) -> str:
+    size = _only_size(row)
+    return f"{row['method']} ({size} of the bytes)" if size else row["method"]
+
+
+def origin(document: Document, number_of_run: int) -> str:
+    """The command of a document, and what it ran on, as one item of a list."""
+    model = document["model"]
+    return (
+        f"{number_of_run}. `{document['command']}`: {model['file']} (sha256 "
+        f"{model['sha256'][:12]}), commit {document['commit'][:12]}, {document['date'][:10]}, "
+        f"{document['machine']['cpu']}, {document['machine']['cores_usable']} cores"
+    )
