@@ -38,6 +38,8 @@ from laq_gguf.bench.tables import multiturn_table
 from laq_gguf.bench.tasks import read_lines
 from laq_gguf.config import round_cells
 
+# each turn chooses from the full cache, as if nothing had ever left it: what recall can reach
+FROM_FULL = "laq++-from-full"
 FILE = Path("multiturn") / "squad_multiturn.jsonl"
 # keyword arguments of laq_gguf.Llama, beside kv_budget
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "recall_rounds": 0,
     },
     "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
+    FROM_FULL: {"kv_policy": "laq++", "lookahead": "pseudo"},
     "snapkv": {"kv_policy": "snapkv"},
     "streaming": {"kv_policy": "streaming"},
 }
@@ -117,6 +120,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_model(args)
     if not 0 < args.budget_share < 1:
         raise ValueError(f"--budget-share lies between 0 and 1, got {args.budget_share}")
+    if FROM_FULL in args.methods and args.kv_staging:
+        raise ValueError(f"{FROM_FULL} holds the whole conversation: leave out --kv-staging or it")
     file = ResultFile("multiturn", args, ("index", "method", "turn"), NOTES)
     chats = _prepare(args)
     methods = [m for m in args.methods if m != "full"]
@@ -243,7 +248,10 @@ class _Run:
             conversation: list[int] = []
             for turn, (part, reference) in enumerate(zip(chat.parts, replies, strict=True)):
                 conversation += part
-                logits, facts = self._turn(decoder, conversation, reference, is_first=turn == 0)
+                if method == FROM_FULL:
+                    logits, facts = self._turn_from_full(decoder, conversation, reference, budget)
+                else:
+                    logits, facts = self._turn(decoder, conversation, reference, is_first=turn == 0)
                 row = _row(chat, turn, method, reference, logits, facts)
                 rows.append({**row, "budget": budget})
                 conversation += without_end(decoder, reference.tokens)
@@ -278,6 +286,30 @@ class _Run:
             seconds=time.perf_counter() - start,
         )
         return logits, facts
+
+    def _turn_from_full(
+        self, decoder: Decoder, conversation: list[int], reference: Reply, budget: int
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """As `_turn`, but the cache is whole before and after it."""
+        start, before = time.perf_counter(), _stats(decoder)
+        decoder.llm.set_eviction(self.n_ctx, kv_policy="full")
+        # a state has no logits: the last token is decoded after it
+        n_new = read(decoder, conversation[:-1], is_first=decoder.n_tokens == 0)
+        whole = decoder.save()
+        decoder.llm.set_eviction(budget, kv_policy="laq++")
+        decoder.step(conversation[-1])
+        decoder.llm._laq.prompt_end()
+        first, facts = decoder.logits().copy(), {"ms_prefill": 1e3 * (time.perf_counter() - start)}
+        cut = decoder.save()
+        own, _ = freely(decoder, first, self._n_new)
+        decoder.load(cut)
+        logits = led(decoder, first, reference.tokens)
+        after = _stats(decoder)
+        decoder.load(whole)
+        facts |= {name: after[name] - before[name] for name in COUNTERS}
+        facts |= {name: after[name] for name in ("n_resident", "n_cells", "kv_bytes")}
+        facts |= {"text": reply_text(decoder, own), "n_new": n_new + 1}
+        return logits, {**facts, "seconds": time.perf_counter() - start}
 
 
 def _stats(decoder: Decoder) -> dict[str, Any]:

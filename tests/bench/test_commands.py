@@ -38,14 +38,14 @@ def test_multiturn(bench, model: Path, tmp_path: Path) -> None:
     command = (
         "multiturn", "--model", model, "--data", tmp_path, "--max-new-tokens", 12, "--out", out,
         "--references", tmp_path / "references", *ONE_THREAD,
-        "--methods", "full,laq++-deferred,laq++-pseudo,laq++-recall,snapkv",
+        "--methods", "full,laq++-deferred,laq++-pseudo,laq++-recall,laq++-from-full,snapkv",
     )  # fmt: skip
     done = bench(*command)
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text(encoding="utf-8"))
     assert document.keys() >= HEAD
     results = document["results"]
-    assert len(results) == 2 * 5 * 3
+    assert len(results) == 2 * 6 * 3
     for row in results:
         assert 0 <= row["em"] <= row["f1"] <= 1 and 0 < row["n_compared"] <= 12
         assert (row["turn"] == 1) == (row["n_new"] > row["n_context"])
@@ -53,6 +53,9 @@ def test_multiturn(bench, model: Path, tmp_path: Path) -> None:
             assert (row["kl"], row["top1_agreement"], row["budget"]) == (0.0, 1.0, None)
             continue
         assert row["budget"] == row["n_context"] // 4
+        if row["method"] == "laq++-from-full":
+            assert row["n_evictions"] == 1 and row["n_resident"] < row["budget"] + 12
+            continue
         assert row["n_again"] == row["n_reread"] and row["n_evictions"] >= 1
         n_ahead = row["n_pseudo"] + row["n_reread"]
         assert row["n_decoded"] == row["n_new"] + row["n_compared"] - 1 + n_ahead
@@ -73,7 +76,7 @@ def test_multiturn(bench, model: Path, tmp_path: Path) -> None:
 
     def values(rows: list[dict]) -> dict:
         key = ("index", "method", "turn")
-        return {tuple(r[k] for k in key): (r["kl"], r["text"], r["n_decoded"]) for r in rows[6:]}
+        return {tuple(r[k] for k in key): (r["kl"], r["text"]) for r in rows[6:]}
 
     evicting = [r for r in results if r["method"] != "full"]
     assert values(evicting) == values([r for r in resumed if r["method"] != "full"])
