@@ -78,14 +78,11 @@ laq_score_stream::laq_score_stream(ggml_backend_t backend, const laq_head_size &
                 " has no memory for the buffer that archived keys are scored in: recall_device = cpu takes none");
     }
     ggml_backend_buffer_clear(buf.get(), 0);
-    if (!ggml_backend_buffer_is_host(buf.get())) {
-        // what the kernel allocates for itself grows with the keys: let it have all of it now
-        const laq_head_op      op = { most.type, most.n_embd_head, most.n_group, most.n_q,
-                                      most.n_kv, nullptr,          nullptr,      nullptr,
-                                      0,         nullptr,          1.0f,         0.0f };
-        const ggml_context_ptr gc = new_context(meta);
-        compute(backend, gc.get(), add(op, gc.get(), false));
-    }
+    // what the kernel allocates for itself grows with the keys: let it have all of it now
+    const laq_head_op op = { most.type, most.n_embd_head, most.n_group, most.n_q, most.n_kv, nullptr, nullptr, nullptr,
+                             0,         nullptr,          1.0f,         0.0f };
+    const ggml_context_ptr gc = new_context(meta);
+    compute(backend, gc.get(), add(op, gc.get(), false));
 }
 
 bool laq_score_stream::fits(const laq_head_op & op) const {
