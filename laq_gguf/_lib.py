@@ -87,6 +87,28 @@ class Native:
         """Whether a device of `devices` has the fused score kernel for keys of a `ggml_type`."""
         return bool(self.lib.laq_device_has_kernel(i_device, type_k, n_embd_head))
 
+    def time_score(self, device: str, type_k: int, n_embd_head: int, n_kv: int) -> float:
+        """Milliseconds that the keys of one KV head take where recall scores them.
+
+        Args:
+            device: name of one of `devices`; keys in host memory go there first.
+            type_k: `ggml_type` of the keys.
+            n_embd_head: size of a key.
+            n_kv: keys.
+
+        Raises:
+            LaqNativeError: the device has no kernel for them, or no memory.
+        """
+        args, ms = self.ffi.new("struct laq_score_args *"), self.ffi.new("double *")
+        name = self.ffi.new("char[]", device.encode())
+        args.size, args.device = self.ffi.sizeof("struct laq_score_args"), name
+        args.type_k, args.n_embd_head, args.n_kv = type_k, n_embd_head, n_kv
+        # a group of four heads, and the queries of the default settings
+        args.n_head, args.n_head_kv, args.n_queries, args.scale = 4, 1, 16, 1.0
+        args.n_threads = os.cpu_count() or 1
+        self.check("laq_time_score", self.lib.laq_time_score(args, ms))
+        return float(ms[0])
+
     def check(self, function: str, status: int) -> None:
         """Raise for a `laq_status` other than OK.
 

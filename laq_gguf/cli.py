@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config, recall
 from ._version import LLAMA_CPP_PYTHON_VERSION, __version__
-from .errors import LaqArgumentError, LaqError, LaqLibraryError
+from .errors import LaqArgumentError, LaqError, LaqLibraryError, LaqNativeError
 
 if TYPE_CHECKING:
     from ._lib import Native
@@ -277,6 +277,21 @@ def _kernels(native: Native, i_device: int) -> str:
     return "; ".join(parts)
 
 
+def _print_recall(native: Native, names: list[str]) -> None:
+    """What scores an archive, on each device; `Llama` measures the same with its model's sizes."""
+    size, n_kv = 128, 8192
+    print(f"recall            scores a KV head of {n_kv} archived f16 keys of {size}")
+    took = {}
+    for name in names:
+        try:
+            took[name] = native.time_score(name, CACHE_TYPES["f16"], size, n_kv)
+        except LaqNativeError as error:
+            print(f"  {name:<15} by the CPU: {error}")
+    for name, ms in took.items():
+        is_slower = "CPU" in took and ms > took["CPU"]
+        print(f"  {name:<15} in {ms:.2f} ms{', so that the CPU does it' if is_slower else ''}")
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from . import _lib
 
@@ -292,11 +307,12 @@ def _doctor(args: argparse.Namespace) -> int:
     print(f"libllama          {native.path}")
     for key, value in native.build_info().items():
         print(f"  {key:<15} {value}")
-    for i, device in enumerate(_lib.devices(native.path.parent)):
+    devices = _lib.devices(native.path.parent)
+    for i, device in enumerate(devices):
         size = device.n_total / 2**20
         print(f"device            {device.name}: {device.description}, {size:.0f} MiB")
         print(f"  score kernel    {_kernels(native, i)}")
-    print("recall            the CPU scores what is archived (kv_recall), by its fused kernel")
+    _print_recall(native, [device.name for device in devices])
     print(f"archive's file    in {recall.file_folder() or 'no folder that can be written to'}")
     print(f"features          {llama_cpp.llama_print_system_info().decode('utf-8').strip()}")
     return 0

@@ -78,6 +78,7 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
         kv_recall_limit: int | str | None = None,
         recall: str = "turn",
         recall_rounds: int = 1,
+        recall_device: str = "auto",
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -132,6 +133,9 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
             recall_rounds: how often a message chooses by the queries of its own last tokens (at
                 most snapkv_window) and is read again, before kv_policy chooses: the first time it
                 was read, what it looks at may not have been there.
+            recall_device: what scores archived and resident tokens together: "cpu"; "device": that
+                of the layer's cache, through a buffer allocated here for n_ctx keys of one KV head;
+                "auto": the faster one, measured here.
             n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
                 llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no
                 memory. Beyond the length that the model was trained for nothing is decoded, unless
@@ -164,7 +168,7 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
             chunk_size=chunk_size,
         )
         self.recall_config = RecallConfig(
-            kv_recall, kv_recall_type, kv_recall_limit, recall, recall_rounds
+            kv_recall, kv_recall_type, kv_recall_limit, recall, recall_rounds, recall_device
         )
         self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)
         self._asked = {

@@ -17,6 +17,8 @@ STORES = ("ram", "disk")
 RECALLS = {"never": 0, "turn": 1, "always": 2}
 #: types that an archive can have instead of the cache's: the values of `enum ggml_type`
 RECALL_TYPES = {"q8_0": 8, "q4_0": 2}
+#: the values of `enum laq_recall_device`
+RECALL_DEVICES = {"auto": 0, "cpu": 1, "device": 2}
 _NO_LIMIT = 2**64 - 1
 
 
@@ -33,15 +35,18 @@ class RecallConfig:
     kv_recall_limit: int | str | None = None
     recall: str = "turn"
     recall_rounds: int = 1
+    recall_device: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("kv_recall", self.kv_recall, (None, *STORES))
         _check_choice("kv_recall_type", self.kv_recall_type, (None, *RECALL_TYPES))
         _check_choice("recall", self.recall, tuple(RECALLS))
+        _check_choice("recall_device", self.recall_device, tuple(RECALL_DEVICES))
         check_integer("recall_rounds", self.recall_rounds, 0, 16)
         self.limit()
-        for name in ("kv_recall_type", "kv_recall_limit"):
-            if self.kv_recall is None and getattr(self, name) is not None:
+        unset = {"kv_recall_type": None, "kv_recall_limit": None, "recall_device": "auto"}
+        for name, value in unset.items():
+            if self.kv_recall is None and getattr(self, name) != value:
                 raise LaqArgumentError(
                     f'{name} is of the archive, and there is none: give kv_recall="ram" or "disk"'
                 )
@@ -77,6 +82,7 @@ class RecallConfig:
         params.archive_limit = self.limit()
         params.recall = RECALLS[self.recall]
         params.n_recall_rounds = self.recall_rounds
+        params.recall_device = RECALL_DEVICES[self.recall_device]
         folder = file_folder() if self.kv_recall is not None else None
         if self.kv_recall == "disk" and folder is None:
             raise LaqArgumentError(

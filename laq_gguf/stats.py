@@ -54,6 +54,13 @@ class KvStats:
             tokens not.
         bytes_down: bytes that went to the archive.
         bytes_up: bytes that came back.
+        recall_bytes: bytes of the buffers that keys go through where a device scores the archive,
+            read back from its backend; allocated at construction.
+        recall_scored_on: names of the devices that score the archive.
+        recall_reason: why those.
+        ms_recall_cpu: milliseconds in which the CPU scored a sample of keys of one KV head, when
+            that was chosen at construction; 0 = nothing was measured.
+        ms_recall_device: the same on the device (the slowest one), the way there included.
     """
 
     n_tokens: int
@@ -93,6 +100,11 @@ class KvStats:
     ms_recall: float
     bytes_down: int
     bytes_up: int
+    recall_bytes: int
+    recall_scored_on: tuple[str, ...]
+    recall_reason: str
+    ms_recall_cpu: float
+    ms_recall_device: float
 
     @classmethod
     def from_native(cls, stats: Any, scored: bool, text: Callable[[Any], str]) -> KvStats:
@@ -103,15 +115,16 @@ class KvStats:
             scored: whether the policy ranks tokens by attention, so that a kernel ran.
             text: makes a string of a `char *`.
         """
-        own = {"pending", "score_kernel", "score_reason", "compaction", "compact_reason", "devices"}
+        reasons = ("score_reason", "compact_reason", "recall_reason")
+        lists = ("devices", "recall_scored_on")
+        own = {"pending", "score_kernel", "compaction", *reasons, *lists}
         names = cls.__dataclass_fields__.keys() - own
         kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
         return cls(
             **{name: getattr(stats, name) for name in names},
             pending=bool(stats.pending),
+            **{name: text(getattr(stats, name)) for name in reasons},
+            **{name: tuple(text(getattr(stats, name)).split()) for name in lists},
             score_kernel=kernel,
-            score_reason=text(stats.score_reason),
             compaction=("host", "graph")[stats.compact_graph],
-            compact_reason=text(stats.compact_reason),
-            devices=tuple(text(stats.devices).split()),
         )

@@ -131,7 +131,7 @@ def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
     parts = {
         n: after[n] - before[n] for n in ("ms_recall", "ms_lookahead", "n_recalls", "n_recalled")
     }
-    held = ("kv_bytes", "ring_bytes", "compute_bytes")
+    held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
     return {
         "ms": parts["ms_recall"] + parts["ms_lookahead"],
         "ms_message": turn["ms"],

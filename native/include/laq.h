@@ -39,7 +39,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 4
+#define LAQ_ABI_VERSION 5
 
 struct llama_context;
 struct laq_cache;
@@ -97,6 +97,13 @@ enum laq_recall_when {
     LAQ_RECALL_ALWAYS = 2,  // and whenever decoding finds no cells
 };
 
+// where archived and resident tokens are scored together
+enum laq_recall_device {
+    LAQ_RECALL_ON_AUTO   = 0,  // the faster one of those two with a sample of keys
+    LAQ_RECALL_ON_CPU    = 1,
+    LAQ_RECALL_ON_DEVICE = 2,  // of the layer's cache: through a buffer for n_ctx keys of one KV head
+};
+
 struct laq_span {
     int32_t p0;  // first position
     int32_t p1;  // one past the last
@@ -131,6 +138,7 @@ struct laq_params {
     int32_t      recall;          // enum laq_recall_when
     uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
                                // selects
+    int32_t recall_device;     // enum laq_recall_device
 };
 
 struct laq_stats {
@@ -171,10 +179,15 @@ struct laq_stats {
     double   ms_recall;           // re-selections, tokens decoded again included, pseudo tokens not
     uint64_t bytes_down;          // from the cells to the archive
     uint64_t bytes_up;
+    uint64_t recall_bytes;      // the buffers for it on devices, read back from the backend's; fixed as all others
+    double   ms_recall_cpu;     // scoring a sample of keys of one KV head, 0 = nothing was measured
+    double   ms_recall_device;  // the same on the device (the slowest one), the way there included
     // texts, valid until laq_detach()
-    const char * devices;         // that hold K and V, with blanks between them
-    const char * score_reason;    // why that kernel scores; "" if nothing is scored
-    const char * compact_reason;  // why that one moves
+    const char * devices;           // that hold K and V, with blanks between them
+    const char * score_reason;      // why that kernel scores; "" if nothing is scored
+    const char * compact_reason;    // why that one moves
+    const char * recall_scored_on;  // devices that score the archive, with blanks between them; "" if there is none
+    const char * recall_reason;     // why those
 };
 
 uint32_t     laq_abi_version(void);
@@ -195,7 +208,7 @@ void laq_detach(struct laq_cache * laq);
 // Other settings from now on, in place of those of laq_attach(). What was evicted stays so, and nothing is allocated:
 // refused are another n_ctx, score_kernel or archive, more queries than were allocated for (n_window, n_window_snapkv,
 // n_lookahead), a policy that needs queries where the one of laq_attach() needed none, and any change while an eviction
-// waits. pinned is that of every sequence; type, limit and folder of the archive stay.
+// waits. pinned is that of every sequence; type, limit and folder of the archive and where it is scored stay.
 enum laq_status laq_set_params(struct laq_cache * laq, const struct laq_params * params);
 
 // What is pinned in one sequence from now on, in place of laq_params::pinned.
@@ -300,6 +313,10 @@ struct laq_score_args {
 // The score op alone: dst F32 [n_head_kv][n_kv], the mean over the heads of a group of the
 // attention that the queries pay to each key, summed over the queries.
 enum laq_status laq_score(const struct laq_score_args * args, float * dst);
+
+// Milliseconds that the keys of one KV head (n_head_kv = 1) take where recall scores them: on the CPU, or on another device
+// that they go to from host memory. Of args, sizes, type, threads and device are used. No kernel: UNSUPPORTED.
+enum laq_status laq_time_score(const struct laq_score_args * args, double * ms);
 
 // The selection alone, of keys sorted by position: indices of the kept ones, ascending, dst [min(n_kv, n_kv_budget)];
 // *n_kept receives the count. pinned [n_kv] (0 or 1) is kept first, then by rank; equal ranks: the lower index wins.

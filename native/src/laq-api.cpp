@@ -90,6 +90,7 @@ laq_params laq_default_params(void) {
     p.archive_limit   = UINT64_MAX;
     p.recall          = LAQ_RECALL_TURN;
     p.n_recall_rounds = 1;
+    p.recall_device   = LAQ_RECALL_ON_AUTO;
     return p;
 }
 
@@ -142,6 +143,8 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
               "recall is not one of enum laq_recall_when");
     laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
     laq_check(p.n_recall_rounds <= 16, "n_recall_rounds must be in [0, 16]");
+    laq_check(p.recall_device >= LAQ_RECALL_ON_AUTO && p.recall_device <= LAQ_RECALL_ON_DEVICE,
+              "recall_device is not one of enum laq_recall_device");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
     if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
@@ -219,6 +222,7 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         p.archive_type   = laq->params.archive_type;
         p.archive_limit  = laq->params.archive_limit;
         p.archive_folder = laq->params.archive_folder;
+        p.recall_device  = laq->params.recall_device;
         laq_check(laq->can_score || !laq_policy_scores(p),
                   "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
         laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
@@ -361,10 +365,15 @@ laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stat
             s.archive_file_bytes        = archive.bytes_in_file();
             s.n_archived                = archive.n_archived();
             s.n_lost                    = archive.n_lost;
+            s.recall_bytes              = laq->recall->scorer.bytes();
+            s.ms_recall_cpu             = laq->recall->scorer.ms_cpu;
+            s.ms_recall_device          = laq->recall->scorer.ms_device;
         }
-        s.devices        = laq->devices.c_str();
-        s.score_reason   = laq->score_reason.c_str();
-        s.compact_reason = laq->compact_reason.c_str();
+        s.devices          = laq->devices.c_str();
+        s.score_reason     = laq->score_reason.c_str();
+        s.compact_reason   = laq->compact_reason.c_str();
+        s.recall_scored_on = laq->recall ? laq->recall->scorer.devices.c_str() : "";
+        s.recall_reason    = laq->recall ? laq->recall->scorer.reason.c_str() : "";
         copy_sized(*stats, s, stats->size);
     });
 }

@@ -149,6 +149,9 @@ void laq_cache::reserve() {
             throw laq_error(LAQ_STATUS_UNSUPPORTED, "models with an attention bias cannot be evicted: unset kv_budget");
         }
     }
+    if (recall) {
+        recall->scorer.place(*this, recall->key_type(*this));
+    }
 }
 
 //

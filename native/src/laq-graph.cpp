@@ -104,7 +104,7 @@ void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_
     }
 }
 
-static std::string what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_k, int64_t n_embd_head) {
+std::string laq_what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_k, int64_t n_embd_head) {
     return std::string(dev ? ggml_backend_dev_name(dev) : "the device") + " has " + (supported ? "the" : "no") +
            " score kernel for " + ggml_type_name(type_k) + " keys of " + std::to_string(n_embd_head);
 }
@@ -113,7 +113,7 @@ bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_k
     const bool supported = dev && ggml_backend_dev_supports_op(dev, op);
     if (kernel == LAQ_SCORE_KERNEL_FUSED && !supported) {
         throw laq_error(LAQ_STATUS_UNSUPPORTED,
-                        "score_kernel = fused: " + what_has(dev, false, op->src[1]->type, op->src[1]->ne[0]) +
+                        "score_kernel = fused: " + laq_what_has(dev, false, op->src[1]->type, op->src[1]->ne[0]) +
                             "; use score_kernel = auto");
     }
     return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
@@ -198,7 +198,7 @@ static void note_kernels(laq_cache & laq) {
         const ggml_tensor * k     = laq.k(ikv);
         reasons.insert(laq.params.score_kernel == LAQ_SCORE_KERNEL_COMPOSED
                            ? "score_kernel = composed was asked for"
-                           : what_has(laq_device_of(k->buffer), layer.fused, k->type, layer.n_embd_head_k));
+                           : laq_what_has(laq_device_of(k->buffer), layer.fused, k->type, layer.n_embd_head_k));
         laq.stats.score_fused = laq.stats.score_fused && layer.fused;
     }
     laq.score_reason.clear();

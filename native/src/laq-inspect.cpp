@@ -147,7 +147,6 @@ static void check_score_args(const laq_score_args & a) {
               "sizes must not be 0");
     laq_check(a.n_head % a.n_head_kv == 0, "n_head must be a multiple of n_head_kv");
     laq_check(a.n_threads >= 1, "n_threads must be at least 1");
-    laq_check(a.q && a.k, "q and k must not be NULL");
     laq_check(std::isfinite(a.scale), "scale must be finite");
     laq_check(std::isfinite(a.softcap) && a.softcap >= 0.0f, "softcap must be finite and not negative");
     laq_check(a.score_kernel >= LAQ_SCORE_KERNEL_AUTO && a.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
@@ -186,6 +185,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         laq_check(args && dst && args->size == sizeof(*args), "args or dst is NULL, or args->size is wrong");
         const laq_score_args & a = *args;
         check_score_args(a);
+        laq_check(a.q && a.k, "q and k must not be NULL");
 
         ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
         ggml_context *   c = ctx.get();
@@ -225,6 +225,22 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
             throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
         }
         ggml_backend_tensor_get(res, dst, 0, ggml_nbytes(res));
+    });
+}
+
+laq_status laq_time_score(const laq_score_args * args, double * ms) {
+    return laq_guarded([&] {
+        laq_check(args && ms && args->size == sizeof(*args), "args or ms is NULL, or args->size is wrong");
+        const laq_score_args & a = *args;
+        check_score_args(a);
+        laq_check(a.n_head_kv == 1, "n_head_kv must be 1");
+
+        ggml_backend_ptr backend(ggml_backend_dev_init(device_named(a.device), nullptr));
+        if (!backend) {
+            throw laq_error(LAQ_STATUS_NO_MEMORY, "the device's backend could not be made");
+        }
+        laq_set_threads(backend.get(), a.n_threads);
+        *ms = laq_time_score_on(backend.get(), { (ggml_type) a.type_k, a.n_embd_head, a.n_head, a.n_queries, a.n_kv });
     });
 }
 

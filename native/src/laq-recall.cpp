@@ -3,9 +3,7 @@
 
 #include "laq-recall.h"
 
-#include "laq-graph.h"
 #include "laq-move.h"
-#include "laq-score.h"
 
 #include "ggml-backend.h"
 #include "llama-impl.h"
@@ -64,13 +62,14 @@ laq_recall_state::laq_recall_state(const laq_cache & laq) :
     archive(archive_layers(laq, type), laq.params.archive_limit,
             laq.params.archive_folder ? laq.params.archive_folder : "",
             [](const std::string & what) { LLAMA_LOG_WARN("laq_archive: %s\n", what.c_str()); }),
-    cpu(ggml_backend_dev_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), nullptr)) {
-    if (!cpu) {
-        throw laq_error(LAQ_STATUS_NO_MEMORY, "the CPU backend, which scores what is archived, could not be made");
-    }
+    scorer(laq.ctx->get_cparams().n_threads_batch) {
     pos.assign(laq.params.n_probe + std::max(laq.params.n_window, laq.params.n_window_snapkv), -1);
     token.resize(pos.size());
-    laq_set_threads(cpu.get(), laq.ctx->get_cparams().n_threads_batch);
+}
+
+ggml_type laq_recall_state::key_type(const laq_cache & laq) const {
+    const ggml_type in_cache = laq.k(0)->type;
+    return type[0] == in_cache ? in_cache : GGML_TYPE_F32;
 }
 
 void laq_recall_state::note(const llama_ubatch & ubatch) {
@@ -230,6 +229,14 @@ struct recalled_layer {
     std::vector<std::vector<uint8_t>> bytes[2];
 };
 
+// what the keys of a layer are scored by
+struct layer_queries {
+    std::vector<float> queries;  // [n_head][n_q][n_embd_head]
+    std::vector<float> sinks;    // [n_head], or empty
+
+    layer_queries(const laq_layer & layer, const std::vector<laq_observation> & obs);
+};
+
 // a re-selection while it is made
 struct reselection {
     laq_cache &                          laq;
@@ -242,8 +249,9 @@ struct reselection {
     std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
     std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
     std::vector<int32_t> masked;
-    size_t               n_same = 0;  // of the rows selected in the first layers, those that are resident
-    size_t               n_all  = 0;
+    uint64_t             mask_id = 0;
+    size_t               n_same  = 0;  // of the rows selected in the first layers, those that are resident
+    size_t               n_all   = 0;
 
     laq_rows                        rows;
     std::vector<recalled_layer>     recalled;
@@ -265,19 +273,12 @@ struct reselection {
     void                 gather(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const archive_part & keys,
                                 const laq_cell_rows & cells, std::vector<uint8_t> & dst) const;
     void                 set_mask(const std::vector<laq_row> & rows);
-    void      score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
-                    const std::vector<float> & queries, float * dst);
-    void      choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
-    bool      fetch(uint32_t ikv, const archive_part & keys);
-    result    run_layer(uint32_t ikv);
-    ggml_type key_type(uint32_t ikv) const;
+    void   score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
+                 const layer_queries & by, float * dst);
+    void   choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool   fetch(uint32_t ikv, const archive_part & keys);
+    result run_layer(uint32_t ikv);
 };
-
-// archived and resident keys are one set: they have the cache's type, or both become F32
-ggml_type reselection::key_type(uint32_t ikv) const {
-    const ggml_type type = laq.k(ikv)->type;
-    return laq.recall->type[0] == type ? type : GGML_TYPE_F32;
-}
 
 // tokens that every head can hold, at most what the eviction asks for
 uint32_t reselection::n_kept() const {
@@ -320,7 +321,7 @@ std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const 
 
 void reselection::gather(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h, const archive_part & keys,
                          const laq_cell_rows & cells, std::vector<uint8_t> & dst) const {
-    const ggml_type type     = key_type(ikv);
+    const ggml_type type     = laq.recall->key_type(laq);
     const ggml_type archived = laq.recall->type[0];
     const int64_t   n        = n_embd_of(laq, ikv, 0);
     const size_t    n_row    = ggml_row_size(type, n);
@@ -344,6 +345,7 @@ void reselection::set_mask(const std::vector<laq_row> & of_head) {
     if (masked.size() == n && std::equal(masked.begin(), masked.end(), of_head.begin(), same)) {
         return;
     }
+    mask_id = laq.recall->scorer.next_mask();
     masked.clear();
     for (const laq_row & row : of_head) {
         masked.push_back(row.pos);
@@ -356,37 +358,24 @@ void reselection::set_mask(const std::vector<laq_row> & of_head) {
 }
 
 void reselection::score(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
-                        const std::vector<uint8_t> & keys, const std::vector<float> & queries, float * dst) {
+                        const std::vector<uint8_t> & keys, const layer_queries & by, float * dst) {
     const laq_layer & layer   = laq.layers[ikv];
-    const int64_t     n_kv    = of_head.size();
-    const int64_t     n_q     = obs.size();
-    const int64_t     d       = layer.n_embd_head_k;
     const int64_t     n_group = layer.n_head / layer.n_head_kv;
 
-    ggml_context_ptr ctx(ggml_init({ 16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    ggml_context *   c    = ctx.get();
-    const auto       over = [&](ggml_tensor * t, const void * data) {
-        t->data = const_cast<void *>(data);
-        return t;
-    };
-    std::vector<float> sinks(layer.sinks ? layer.n_head : 0);
-    ggml_tensor *      sink = nullptr;
-    if (layer.sinks) {
-        ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, sinks.size() * sizeof(float));
-        sink = over(ggml_new_tensor_1d(c, GGML_TYPE_F32, n_group), sinks.data() + h * n_group);
-    }
-    ggml_tensor * q = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, d, layer.n_head, n_q), queries.data());
-    ggml_tensor * k = over(ggml_new_tensor_2d(c, key_type(ikv), d, n_kv), keys.data());
-    ggml_tensor * m = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, n_kv, n_q), mask.data());
-
-    q = ggml_view_3d(c, q, d, n_q, n_group, q->nb[2], q->nb[1], h * n_group * q->nb[1]);
-
-    ggml_tensor * res = over(ggml_laq_score(c, q, k, m, sink, layer.kq_scale, layer.softcap), dst);
-    ggml_cgraph * gf  = ggml_new_graph(c);
-    ggml_build_forward_expand(gf, res);
-    if (ggml_backend_graph_compute(laq.recall->cpu.get(), gf) != GGML_STATUS_SUCCESS) {
-        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph of the archive failed");
-    }
+    laq_head_op op;
+    op.type        = laq.recall->key_type(laq);
+    op.n_embd_head = layer.n_embd_head_k;
+    op.n_group     = n_group;
+    op.n_q         = obs.size();
+    op.n_kv        = of_head.size();
+    op.k           = keys.data();
+    op.q           = by.queries.data() + h * n_group * op.n_q * op.n_embd_head;
+    op.mask        = mask.data();
+    op.mask_id     = mask_id;
+    op.sinks       = by.sinks.empty() ? nullptr : by.sinks.data() + h * n_group;
+    op.scale       = layer.kq_scale;
+    op.softcap     = layer.softcap;
+    laq.recall->scorer.score(ikv, op, dst);
 }
 
 void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
@@ -439,15 +428,19 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
     return true;
 }
 
-std::vector<float> queries_of(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) {
-    const laq_layer &  layer = laq.layers[ikv];
-    const size_t       n_row = (size_t) layer.n_head * layer.n_embd_head_k;
-    std::vector<float> res(obs.size() * n_row);
+layer_queries::layer_queries(const laq_layer & layer, const std::vector<laq_observation> & obs) :
+    queries(obs.size() * layer.n_head * layer.n_embd_head_k), sinks(layer.sinks ? layer.n_head : 0) {
+    const size_t       d = layer.n_embd_head_k;
+    std::vector<float> row(layer.n_head * d);
     for (size_t j = 0; j < obs.size(); ++j) {
-        ggml_backend_tensor_get(layer.ring, res.data() + j * n_row, obs[j].slot * layer.ring->nb[1],
-                                n_row * sizeof(float));
+        ggml_backend_tensor_get(layer.ring, row.data(), obs[j].slot * layer.ring->nb[1], row.size() * sizeof(float));
+        for (uint32_t h = 0; h < layer.n_head; ++h) {
+            std::copy_n(row.data() + h * d, d, queries.data() + (h * obs.size() + j) * d);
+        }
     }
-    return res;
+    if (layer.sinks) {
+        ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, sinks.size() * sizeof(float));
+    }
 }
 
 reselection::result reselection::run_layer(uint32_t ikv) {
@@ -455,16 +448,16 @@ reselection::result reselection::run_layer(uint32_t ikv) {
     if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
         return result::LOST;
     }
-    const laq_cell_rows      cells(laq, ikv, false, 0, laq.cells().used_max_p1());
-    const std::vector<float> queries = queries_of(laq, ikv, obs);
-    std::vector<uint8_t>     gathered;
+    const laq_cell_rows  cells(laq, ikv, false, 0, laq.cells().used_max_p1());
+    const layer_queries  by(laq.layers[ikv], obs);
+    std::vector<uint8_t> gathered;
     for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
         std::vector<laq_row> of_head = candidates_of(ikv, h);
         gather(of_head, ikv, h, keys, cells, gathered);
         set_mask(of_head);
         const size_t begin = scores[ikv].size();
         scores[ikv].resize(begin + of_head.size());
-        score(of_head, ikv, h, gathered, queries, scores[ikv].data() + begin);
+        score(of_head, ikv, h, gathered, by, scores[ikv].data() + begin);
         choose(of_head, scores[ikv].data() + begin, ikv, h);
         if (laq.debug) {
             candidates[ikv].push_back(std::move(of_head));

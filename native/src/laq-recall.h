@@ -4,8 +4,7 @@
 
 #include "laq-archive.h"
 #include "laq-cache.h"
-
-#include "ggml-cpp.h"
+#include "laq-recall-score.h"
 
 // Of a selection's rows so many must be new, in the first layers, or nothing is brought back.
 constexpr double   LAQ_RECALL_NEW    = 0.02;
@@ -13,9 +12,9 @@ constexpr uint32_t LAQ_RECALL_LAYERS = 4;
 
 // the archive of the one sequence that a context with an archive has
 struct laq_recall_state {
-    ggml_type        type[2];  // of archived K and V
-    laq_archive      archive;
-    ggml_backend_ptr cpu;  // scores archived keys
+    ggml_type         type[2];  // of archived K and V
+    laq_archive       archive;
+    laq_recall_scorer scorer;
 
     // the last tokens decoded: that of position p is in slot p % n
     std::vector<int32_t>     pos;
@@ -23,6 +22,9 @@ struct laq_recall_state {
 
     // throws laq_error
     explicit laq_recall_state(const laq_cache & laq);
+
+    // archived and resident keys are one set: they have the cache's type, or both become F32
+    ggml_type key_type(const laq_cache & laq) const;
 
     // what is decoded, but for a probe
     void note(const llama_ubatch & ubatch);

@@ -37,7 +37,7 @@ def test_bars() -> None:
 
 def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
     counts = {"ms_recall": 0.0, "ms_lookahead": 0.0, "n_recalls": 1, "n_recalled": 5}
-    before = {**counts, "kv_bytes": 70, "ring_bytes": 20, "compute_bytes": 10}
+    before = {**counts, "kv_bytes": 60, "ring_bytes": 20, "compute_bytes": 10, "recall_bytes": 10}
     after = {**before, "ms_recall": 30.0, "ms_lookahead": 20.0, "n_recalls": 3, "n_recalled": 9}
     found = device.recall_of({"ms": 60.0, "before": before, "after": after})
     assert (found["ms"], found["ms_message"], found["n_recalled"]) == (50.0, 60.0, 4)

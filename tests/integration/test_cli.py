@@ -1,6 +1,7 @@
 """`laq-gguf` as a user runs it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def test_doctor(native: object, run_python: Callable) -> None:
     assert "CPU" in done.stdout
     types = "f32 f16 q4_0 q4_1 q5_0 q5_1 q8_0 bf16"
     assert f"  score kernel    fused for {types} keys" in done.stdout.splitlines()
+    recall = done.stdout[done.stdout.index("\nrecall ") :].splitlines()
+    assert recall[1].startswith("recall            scores a KV head of 8192 archived f16 keys")
+    assert re.match(r"  CPU +in \d+\.\d\d ms$", recall[2])
 
 
 def test_verbose_shows_the_log(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import device
 from integration.decoding import greedy, open_llama, tokens_of
 from laq_gguf import recall
 from laq_gguf.errors import LaqArgumentError, LaqNativeError, LaqStateError
@@ -102,6 +103,112 @@ def test_a_smaller_type_comes_back_close(tiny_gguf: Callable[..., Path]) -> None
     exact, close = keys[None][0][same], keys["q8_0"][0][same]
     assert (exact != close).any()
     assert_nmse(close, exact, 1e-4, "keys that were archived as q8_0")
+
+
+# where the archive is scored
+
+#: of cases.KERNELS, the one that a device scores the archive with
+has_kernel = pytest.mark.skipif("fused" not in device.KERNELS, reason="the CPU scores")
+
+
+@has_kernel
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q8_0 in the archive"])
+def test_both_places_choose_the_same(
+    tiny_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Until n_ctx is full, so that the device's buffer is as well."""
+    from laq_gguf import _lib
+    from parity.rows import ggml_type
+    from parity.test_evict import Inspector
+
+    monkeypatch.setenv("LAQ_DEBUG", "1")
+    name, _, archived = kind.partition(" ")
+    settings = {**SETTINGS, "n_ctx": 512, "lookahead": "pseudo", "recall": "always"}
+    if archived:
+        settings["kv_recall_type"], name = name, "f16"
+    settings.update(type_k=ggml_type(name), type_v=ggml_type(name))
+    chats, chosen, scores = [], [], []
+    for place in ("cpu", "device"):
+        llm = open_llama(tiny_gguf("llama"), recall_device=place, **settings)
+        before = llm.kv_stats()
+        prompt = turn(llm, turn(llm, [], 1, 300), 2)
+        chats.append(prompt)
+        scores.append([Inspector(llm, _lib.load()).scores(il) for il in range(before.n_layer)])
+        chosen.append([llm.kept_positions()])
+        llm.eval(tokens_of(llm.n_ctx() - len(prompt) + 1, seed=5))
+        assert llm.n_tokens == llm.n_ctx()
+        llm.recall()
+        chosen[-1].append(llm.kept_positions())
+        stats = llm.kv_stats()
+        assert stats.n_recalls > 2 and stats.n_recalled > 0
+        assert stats.recall_bytes == before.recall_bytes
+        assert (stats.recall_bytes > 0) == (place == "device")
+        assert stats.recall_scored_on == (device.NAME if place == "device" else "CPU",)
+        assert stats.recall_reason == f"recall_device = {place} was asked for"
+        for field in ("kv_bytes", "ring_bytes", "compute_bytes"):
+            assert getattr(stats, field) == getattr(before, field), f"{field}: nothing is allocated"
+    if device.ON_CPU:
+        assert chats[0] == chats[1]
+        assert all((a == b).all() for a, b in zip(*scores, strict=True))
+        assert all((a == b).all() for a, b in zip(*chosen, strict=True))
+    elif chats[0] == chats[1]:
+        assert all((a != b).mean() < 0.02 for a, b in zip(*chosen, strict=True))
+
+
+@has_kernel
+def test_the_buffer_holds_all_that_may_come(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), recall_device="device", **SETTINGS)
+    n_keys, n_queries = 1024 + 8, 32  # n_ctx and a lookahead; the window of snapkv
+    d, n_group = 64, 2
+    info = llm._laq.layer_info(0)
+    assert (info.n_embd_head_k, info.n_head // info.n_head_kv) == (d, n_group)
+    n_values = n_queries * (n_group * d + n_keys) + n_keys + n_group
+    n_bytes = 4 * n_values + 2 * n_keys * d
+    assert n_bytes <= llm.kv_stats().recall_bytes <= n_bytes + 5 * 256, "but for alignment"
+
+
+def test_the_faster_place_is_chosen(tiny_gguf: Callable[..., Path]) -> None:
+    stats = open_llama(tiny_gguf("llama"), **SETTINGS).kv_stats()
+    if device.ON_CPU:
+        assert stats.recall_reason == "the layers are on the CPU"
+    elif "fused" not in device.KERNELS:
+        assert stats.recall_reason.startswith(f"{device.NAME} has no score kernel")
+    else:
+        assert min(stats.ms_recall_cpu, stats.ms_recall_device) > 0
+        is_there = stats.ms_recall_device < stats.ms_recall_cpu
+        assert stats.recall_scored_on == (device.NAME if is_there else "CPU",)
+        assert (stats.recall_bytes > 0) == is_there
+        assert f"ms on {device.NAME}" in stats.recall_reason
+        return
+    assert stats.recall_scored_on == ("CPU",)
+    assert stats.recall_bytes == stats.ms_recall_cpu == stats.ms_recall_device == 0
+    stats = open_llama(tiny_gguf("llama"), kv_budget=64).kv_stats()
+    assert stats.recall_scored_on == () and stats.recall_reason == "" and stats.recall_bytes == 0
+
+
+@pytest.mark.skipif("fused" in device.KERNELS, reason="it has one")
+def test_a_device_without_a_kernel_is_refused(tiny_gguf: Callable[..., Path]) -> None:
+    with pytest.raises(LaqNativeError, match=r"has no score kernel.*recall_device = auto"):
+        open_llama(tiny_gguf("llama"), recall_device="device", **SETTINGS)
+
+
+def test_other_settings_leave_the_place_as_it_is(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), recall_device="cpu", **SETTINGS)
+    before = llm.kv_stats()
+    llm.set_eviction(48, kv_policy="snapkv")
+    prompt = turn(llm, turn(llm, [], 1, 300), 2)
+    stats = llm.kv_stats()
+    assert len(prompt) > 300 and stats.n_recalls > 0
+    for field in ("recall_scored_on", "recall_reason", "recall_bytes"):
+        assert getattr(stats, field) == getattr(before, field)
+
+
+def test_scoring_is_timed(native: Any) -> None:
+    assert 0 < native.time_score("CPU", 1, 64, 512) < 10_000
+    with pytest.raises(LaqNativeError, match="not the name of one"):
+        native.time_score("GPU of tomorrow", 1, 64, 512)
+    with pytest.raises(LaqNativeError, match="block"):
+        native.time_score("CPU", 8, 40, 512)
 
 
 # the file

@@ -145,6 +145,7 @@ SETUPS = (
             "kv_recall_limit": "128KiB",
             "recall": "always",
             "recall_rounds": 0,
+            "recall_device": "device",
         },
     ),
     Setup(
@@ -153,7 +154,12 @@ SETUPS = (
         rules={**PSEUDO, "draft": "snapkv"},
         context=NO_FA,
         compaction="graph",
-        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 0},
+        archive={
+            "kv_recall": "ram",
+            "recall": "turn",
+            "recall_rounds": 0,
+            "recall_device": "device",
+        },
     ),
     Setup("recall when told", "laq", archive={"kv_recall": "ram", "recall": "never"}),
     Setup("full", "full", context={"n_ctx": 512}),

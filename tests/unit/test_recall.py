@@ -19,6 +19,9 @@ from laq_gguf.recall import RecallConfig
         ({"recall_rounds": 17}, "recall_rounds must be from 0 to 16"),
         ({"kv_recall_limit": 5}, 'give kv_recall="ram"'),
         ({"kv_recall_type": "q8_0"}, 'give kv_recall="ram"'),
+        ({"kv_recall": "ram", "recall_device": "gpu"}, "must be one of auto, cpu, device"),
+        ({"kv_recall": "ram", "recall_device": None}, "recall_device must be one of"),
+        ({"recall_device": "cpu"}, 'recall_device is of the archive.*give kv_recall="ram"'),
     ],
 )
 def test_refused(settings: dict[str, object], message: str) -> None:
