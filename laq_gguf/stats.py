@@ -54,6 +54,10 @@ class KvStats:
             tokens not.
         bytes_down: bytes that went to the archive.
         bytes_up: bytes that came back.
+        n_parked: chats that `park()` took out of the cells. All other counters are of the one in
+            them, or of all that was decoded.
+        parked_bytes: bytes that the parked chats have in host memory, their archives included.
+        parked_file_bytes: bytes of their archives in files.
     """
 
     n_tokens: int
@@ -93,6 +97,9 @@ class KvStats:
     ms_recall: float
     bytes_down: int
     bytes_up: int
+    n_parked: int = 0
+    parked_bytes: int = 0
+    parked_file_bytes: int = 0
 
     @classmethod
     def from_native(cls, stats: Any, scored: bool, text: Callable[[Any], str]) -> KvStats:
@@ -104,7 +111,8 @@ class KvStats:
             text: makes a string of a `char *`.
         """
         own = {"pending", "score_kernel", "score_reason", "compaction", "compact_reason", "devices"}
-        names = cls.__dataclass_fields__.keys() - own
+        of_python = {"n_parked", "parked_bytes", "parked_file_bytes"}
+        names = cls.__dataclass_fields__.keys() - own - of_python
         kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
         return cls(
             **{name: getattr(stats, name) for name in names},
