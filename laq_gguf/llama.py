@@ -127,7 +127,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             kv_recall_type: type of the archive, "q8_0" or "q4_0"; None: the cache's own, which
                 comes back byte for byte.
             kv_recall_limit: bytes of the archive in host memory, an int or as "512MiB"; the oldest
-                tokens then go to a file. None: "ram": any number, "disk": 0.
+                tokens then go to a file. None: "ram": any number, "disk": 0. Each parked chat has
+                an archive with this limit.
             recall: when tokens are chosen again: "turn" (once a prompt has been read), "always"
                 (also where generating finds no cells), "never" (by `recall()` alone).
             recall_rounds: how often a message chooses by the queries of its own last tokens (at

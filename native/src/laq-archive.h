@@ -58,7 +58,7 @@ class laq_archive {
     // stays.
     std::unique_ptr<laq_archive> detach();
     // Take over what one from detach() holds, in place of what is held here.
-    void                         attach(laq_archive & other);
+    void attach(laq_archive & other);
 
     // what a saved state carries: calls visit(index, held, bytes, n_bytes) for every block
     void visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit);

@@ -255,6 +255,28 @@ class Mirror:
         self.logits = None
         self.check()
 
+    def park(self, name: str) -> dict[str, Any]:
+        """The Llama parks the chat; what the model needs to resume it."""
+        held = {
+            "cache": self.cache.snapshot(),
+            "params": self.cache.params,
+            "tokens": self.tokens,
+            "logits": None if self.llm._requires_eval else self.logits,
+        }
+        self.llm.park(name)
+        self.check()
+        return held
+
+    def resume(self, name: str, held: dict[str, Any]) -> None:
+        logits = held["logits"]
+        self.llm.resume(name)
+        self.cache.restore(held["cache"])
+        self.cache.params, self.tokens, self.logits = held["params"], held["tokens"], logits
+        self.check()
+        assert self.llm._requires_eval == (logits is None)
+        if logits is not None and self.tolerance is not None:
+            assert_nmse(self.inspector.logits(), logits, self.tolerance, "the logits are back")
+
     # what comes ahead of a prompt's end
 
     def _forward(self, tokens: Any, fork: NativeCache, made: list[Tokens]) -> Any:
