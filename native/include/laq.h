@@ -250,7 +250,8 @@ struct laq_parked_info {
 // each one with an archive_limit of its own. Logits are not kept. A sequence without tokens: INVALID_ARGUMENT.
 enum laq_status laq_park(struct laq_cache * laq, int32_t seq_id, struct laq_parked ** out);
 
-// Put it, as it was, into a sequence that holds no tokens; parked is gone then. Of pinned and of scores that are
+// Put it, as it was, into a sequence that holds no tokens; parked is gone then. Its cells come to lie side by side: sums
+// over them are the same unless some had been removed between others. Of pinned and of scores that are
 // remembered, those of a laq_set_params() in between count.
 enum laq_status laq_resume(struct laq_cache * laq, int32_t seq_id, struct laq_parked * parked);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,41 @@ def test_an_eviction_goes_on_waiting(
     assert not llm.kv_stats().pending
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_parking_between_any_calls(tiny_gguf: Callable[..., Path], seed: int) -> None:
+    rng = random.Random(seed)
+    settings = {**SETTINGS, **CASES[list(CASES)[2 * seed]]}
+    llm, stays = (open_llama(tiny_gguf("llama"), **settings) for _ in range(2))
+    for model in (llm, stays):
+        model.eval(tokens_of(9))
+    for _ in range(12):
+        call = rng.choice(("read", "decode", "go back", "generate", "recall"))
+        some = tokens_of(rng.randrange(1, 160), seed=rng.randrange(1000))
+        n_back = rng.randrange(20)
+
+        def both(model: Any, call: str = call, some: list[int] = some, n: int = n_back) -> Any:
+            if call == "read":
+                return model.eval(some)
+            if call == "decode":
+                return [model.eval([token]) for token in some[:14]]
+            if call == "generate":
+                return greedy(model, model._input_ids.tolist() + some, 2 + n)
+            if call == "recall" and settings["kv_recall"]:
+                return model.recall()
+            model.n_tokens = max(model.kv_stats().n_intact, model.n_tokens - n)
+            return model.eval(some[:9])
+
+        assert both(llm) == both(stays), call
+        if rng.random() < 0.6:
+            llm.park("one")
+            greedy(llm, some, 1 + n_back)
+            llm.park("two")
+            llm.resume("one")
+            llm.forget("two")
+        same(llm, stays)
+        assert_equal(logits_of(llm), logits_of(stays), f"logits after {call}")
+
+
 def test_nothing_is_read_again(tiny_gguf: Callable[..., Path]) -> None:
     llm, stays = (open_llama(tiny_gguf("llama"), **SETTINGS) for _ in range(2))
     for model in (llm, stays):
@@ -205,6 +241,12 @@ def peak_of_memory() -> int:
     return int(text.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def bytes_read() -> int:
+    """Bytes that the process has read from files, cached or not."""
+    text = Path("/proc/self/io").read_text(encoding="ascii")
+    return int(text.partition("rchar:")[2].split()[0])
+
+
 def forget_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -227,11 +269,12 @@ def test_an_archive_is_not_copied(tiny_gguf: Callable[..., Path], store: str) ->
     assert n_archive > 8 * n_cells
     llm.resume("long")
     forget_peak()
-    before = peak_of_memory()
+    before, n_read = peak_of_memory(), bytes_read()
     for _ in range(3):
         llm.park("long")
         llm.resume("long")
     assert peak_of_memory() - before < n_archive / 3
+    assert bytes_read() - n_read < n_archive / 3
     after = llm.kv_stats()
     for name in ("archive_bytes", "archive_file_bytes", "n_archived", "bytes_down", "bytes_up"):
         assert getattr(after, name) == getattr(stats, name), name
