@@ -14,15 +14,18 @@ from .errors import LaqError
 if TYPE_CHECKING:
     from .config import LaqConfig
     from .llama import Llama
+    from .parking import ParkedChat
     from .stats import KvStats
 
-__all__ = ["KvStats", "LaqConfig", "LaqError", "Llama", "__version__"]
+__all__ = ["KvStats", "LaqConfig", "LaqError", "Llama", "ParkedChat", "__version__"]
 
 select_library()
 
 
 def __getattr__(name: str) -> Any:
-    modules = {"Llama": "llama", "LaqConfig": "config", "KvStats": "stats"}
+    modules = {
+        "Llama": "llama", "LaqConfig": "config", "KvStats": "stats", "ParkedChat": "parking",
+    }  # fmt: skip
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{modules[name]}", __name__), name)

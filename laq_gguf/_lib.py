@@ -270,6 +270,27 @@ class Attachment:
         finally:
             self._native.check("laq_save_archive", save(self._laq, True))
 
+    def park(self) -> Any:
+        """The sequence leaves the cells: `struct laq_parked *`, of the native side."""
+        out = self._native.ffi.new("struct laq_parked **")
+        self._call("laq_park", out)
+        return out[0]
+
+    def resume(self, parked: Any) -> None:
+        """It comes back into a sequence without tokens, and is no longer parked."""
+        self._call("laq_resume", parked)
+
+    def forget(self, parked: Any) -> None:
+        """It is dropped."""
+        self._call_any("laq_forget", parked)
+
+    def parked_info(self, parked: Any) -> Any:
+        """`struct laq_parked_info` of it."""
+        info = self._native.ffi.new("struct laq_parked_info *")
+        info.size = self._native.ffi.sizeof("struct laq_parked_info")
+        self._call_any("laq_get_parked", parked, info)
+        return info
+
     def set_pinned(self, spans: Sequence[tuple[int, int]]) -> None:
         """Positions [first, end) that no eviction frees from now on."""
         pinned = self._native.ffi.new("struct laq_span[]", [list(span) for span in spans])

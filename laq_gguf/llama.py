@@ -32,12 +32,13 @@ from .errors import (  # noqa: E402
     LaqStateError,
 )
 from .gguf_meta import read_shape  # noqa: E402
+from .parking import ParkingMixin  # noqa: E402
 from .recall import RECALL_NAMES, RecallConfig  # noqa: E402
 from .settings import SettingsMixin  # noqa: E402
 from .state import StateMixin  # noqa: E402
 
 
-class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
+class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
     """llama_cpp.Llama in a KV cache of fixed size, however long prompt, answer and chat grow.
 
     Attributes:
@@ -127,7 +128,8 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
             kv_recall_type: type of the archive, "q8_0" or "q4_0"; None: the cache's own, which
                 comes back byte for byte.
             kv_recall_limit: bytes of the archive in host memory, an int or as "512MiB"; the oldest
-                tokens then go to a file. None: "ram": any number, "disk": 0.
+                tokens then go to a file. None: "ram": any number, "disk": 0. Each parked chat has
+                an archive with this limit.
             recall: when tokens are chosen again: "turn" (once a prompt has been read), "always"
                 (also where generating finds no cells), "never" (by `recall()` alone).
             recall_rounds: how often a message chooses by the queries of its own last tokens (at
@@ -255,6 +257,8 @@ class Llama(StateMixin, SettingsMixin, llama_cpp.Llama):
         del spans, folder  # laq_attach has copied them
         # last in, first out: detached before llama_free, whoever closes the context
         self._ctx._exit_stack.callback(self._laq.close)
+        self._parked = {}
+        self._ctx._exit_stack.callback(self._parked.clear)  # detaching drops what they name
 
     def _check_room(self, n_tokens: int) -> None:
         if n_tokens <= self._n_ctx:

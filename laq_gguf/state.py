@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ class StateMixin:
         Raises:
             LaqStateError: the model was made without kv_budget, or is closed.
         """
-        return self._attached("kv_stats()").stats(self.laq_config.kv_policy in SCORED_POLICIES)
+        laq = self._attached("kv_stats()")
+        stats: KvStats = laq.stats(self.laq_config.kv_policy in SCORED_POLICIES)
+        return replace(stats, **self._parked_stats())
 
     def kept_positions(self: Any) -> npt.NDArray[np.int32]:
         """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).

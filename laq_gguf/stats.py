@@ -61,6 +61,10 @@ class KvStats:
         ms_recall_cpu: milliseconds in which the CPU scored a sample of keys of one KV head, when
             that was chosen at construction; 0 = nothing was measured.
         ms_recall_device: the same on the device (the slowest one), the way there included.
+        n_parked: chats that `park()` took out of the cells. All other counters are of the one in
+            them, or of all that was decoded.
+        parked_bytes: bytes that the parked chats have in host memory, their archives included.
+        parked_file_bytes: bytes of their archives in files.
     """
 
     n_tokens: int
@@ -105,6 +109,9 @@ class KvStats:
     recall_reason: str
     ms_recall_cpu: float
     ms_recall_device: float
+    n_parked: int = 0
+    parked_bytes: int = 0
+    parked_file_bytes: int = 0
 
     @classmethod
     def from_native(cls, stats: Any, scored: bool, text: Callable[[Any], str]) -> KvStats:
@@ -118,7 +125,8 @@ class KvStats:
         reasons = ("score_reason", "compact_reason", "recall_reason")
         lists = ("devices", "recall_scored_on")
         own = {"pending", "score_kernel", "compaction", *reasons, *lists}
-        names = cls.__dataclass_fields__.keys() - own
+        of_python = {"n_parked", "parked_bytes", "parked_file_bytes"}
+        names = cls.__dataclass_fields__.keys() - own - of_python
         kernel = ("composed", "fused")[stats.score_fused] if scored and stats.n_evictions else None
         return cls(
             **{name: getattr(stats, name) for name in names},

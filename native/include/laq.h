@@ -43,6 +43,7 @@ extern "C" {
 
 struct llama_context;
 struct laq_cache;
+struct laq_parked;
 
 enum laq_status {
     LAQ_STATUS_OK               = 0,
@@ -208,7 +209,8 @@ void laq_detach(struct laq_cache * laq);
 // Other settings from now on, in place of those of laq_attach(). What was evicted stays so, and nothing is allocated:
 // refused are another n_ctx, score_kernel or archive, more queries than were allocated for (n_window, n_window_snapkv,
 // n_lookahead), a policy that needs queries where the one of laq_attach() needed none, and any change while an eviction
-// waits. pinned is that of every sequence; type, limit and folder of the archive and where it is scored stay.
+// waits, that of a parked sequence included. pinned is that of every sequence; type, limit and folder of the archive and
+// where it is scored stay.
 enum laq_status laq_set_params(struct laq_cache * laq, const struct laq_params * params);
 
 // What is pinned in one sequence from now on, in place of laq_params::pinned.
@@ -243,6 +245,35 @@ enum laq_status laq_recall(struct laq_cache * laq, int32_t seq_id);
 
 // Whether saved states carry the archive (they do at first). One that does not: what it leaves out is lost.
 enum laq_status laq_save_archive(struct laq_cache * laq, bool on);
+
+//
+// parked sequences
+//
+
+struct laq_parked_info {
+    uint32_t size;        // sizeof(struct laq_parked_info) of the caller
+    int32_t  n_tokens;    // as laq_stats has it
+    uint32_t n_resident;  // cells that it needs to be resumed
+    int32_t  pending;     // 1 = an eviction waits for its lookahead queries
+    uint64_t bytes;       // in host memory, its archive included
+    uint64_t file_bytes;  // of its archive, in its file
+};
+
+// Take a sequence out of the cells, which become free, and hold it in *out until laq_resume(), laq_forget() or
+// laq_detach(). What its cells hold goes to host memory. Its archive is not copied: it stays in memory or in its file,
+// each one with an archive_limit of its own. Logits are not kept. A sequence without tokens: INVALID_ARGUMENT.
+enum laq_status laq_park(struct laq_cache * laq, int32_t seq_id, struct laq_parked ** out);
+
+// Put it, as it was, into a sequence that holds no tokens; parked is gone then. Its cells come to lie side by side: sums
+// over them are the same unless some had been removed between others. Of pinned and of scores that are
+// remembered, those of a laq_set_params() in between count.
+enum laq_status laq_resume(struct laq_cache * laq, int32_t seq_id, struct laq_parked * parked);
+
+// Drop it.
+enum laq_status laq_forget(struct laq_cache * laq, struct laq_parked * parked);
+
+enum laq_status laq_get_parked(const struct laq_cache * laq, const struct laq_parked * parked,
+                               struct laq_parked_info * info);
 
 enum laq_status laq_get_stats(const struct laq_cache * laq, int32_t seq_id, struct laq_stats * stats);
 

@@ -2,6 +2,7 @@
 
 #include "laq-api.h"
 
+#include "laq-park.h"
 #include "laq-prompt.h"
 #include "laq-recall.h"
 
@@ -231,6 +232,9 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         for (const laq_seq & seq : laq->seqs) {
             laq_check(!seq.pending, "an eviction waits: call laq_flush() first");
         }
+        for (const auto & parked : laq->parked) {
+            laq_check(!parked->pending, "an eviction of a parked sequence waits: resume it and call laq_flush() first");
+        }
         laq->set_params(p);
     });
 }
@@ -243,15 +247,9 @@ void laq_detach(laq_cache * laq) {
 // running
 //
 
-static void check_seq(const laq_cache * laq, int32_t seq_id) {
-    laq_check(laq, "laq must not be NULL");
-    laq_check(seq_id >= 0 && seq_id < (int32_t) laq->seqs.size(),
-              "seq_id must be in [0, " + std::to_string(laq->seqs.size()) + ")");
-}
-
 laq_status laq_set_pinned(laq_cache * laq, int32_t seq_id, const laq_span * spans, uint32_t n_spans) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         check_spans(spans, n_spans);
         laq_params p = laq->params;
         p.pinned     = spans;
@@ -264,7 +262,7 @@ laq_status laq_set_pinned(laq_cache * laq, int32_t seq_id, const laq_span * span
 laq_status laq_prompt_next(laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                            uint32_t * n_chunk) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq_check(tokens && n_tokens > 0 && n_chunk, "tokens and n_chunk must not be NULL, n_tokens not 0");
         const int64_t n_end = (int64_t) laq->n_tokens(seq_id) + n_tokens;
         if (n_end > laq->n_ctx) {
@@ -278,7 +276,7 @@ laq_status laq_prompt_next(laq_cache * laq, int32_t seq_id, const int32_t * toke
 
 laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq->seqs[seq_id].pending.reset();
         const bool recall = laq->recalls(seq_id, LAQ_RECALL_TURN);
         const bool fits   = laq->n_resident(seq_id) <= laq->params.n_kv_budget;
@@ -301,7 +299,7 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
 
 laq_status laq_flush(laq_cache * laq, int32_t seq_id) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         if (laq->seqs[seq_id].pending) {
             laq->run_update([&] { laq->evict_pending(seq_id); });
         }
@@ -310,7 +308,7 @@ laq_status laq_flush(laq_cache * laq, int32_t seq_id) {
 
 laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq_check(laq->params.policy != LAQ_POLICY_FULL, "kv_policy = full never evicts");
         laq_params p  = laq->params_of(seq_id);
         p.n_kv_budget = n_keep;
@@ -323,7 +321,7 @@ laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
 
 laq_status laq_recall(laq_cache * laq, int32_t seq_id) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq_check(laq->recall != nullptr, "there is no archive to recall from: use kv_recall");
         if (laq->seqs[seq_id].pending) {
             laq->run_update([&] { laq->evict_pending(seq_id, LAQ_RECALL_NEVER); });
@@ -342,7 +340,7 @@ laq_status laq_save_archive(laq_cache * laq, bool on) {
 
 laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stats) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq_check(stats && stats->size >= sizeof(uint32_t), "stats is NULL or stats->size is not set");
 
         laq_stats s     = laq->stats;
@@ -380,7 +378,7 @@ laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stat
 
 laq_status laq_kept_positions(const laq_cache * laq, int32_t seq_id, int32_t * dst, uint64_t n) {
     return laq_guarded([&] {
-        check_seq(laq, seq_id);
+        laq_check_seq(laq, seq_id);
         laq_check(dst || n == 0, "dst must not be NULL");
         const std::vector<uint32_t> order = laq->resident(seq_id);
 

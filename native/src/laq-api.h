@@ -30,3 +30,9 @@ inline void laq_check(bool ok, const std::string & what) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, what);
     }
 }
+
+inline void laq_check_seq(const laq_cache * laq, int32_t seq_id) {
+    laq_check(laq, "laq must not be NULL");
+    laq_check(seq_id >= 0 && seq_id < (int32_t) laq->seqs.size(),
+              "seq_id must be in [0, " + std::to_string(laq->seqs.size()) + ")");
+}

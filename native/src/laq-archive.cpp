@@ -186,6 +186,30 @@ void laq_archive::clear() {
 }
 
 //
+// moving
+//
+
+void laq_archive::swap(laq_archive & other) {
+    blocks.swap(other.blocks);
+    std::swap(n_in_memory, other.n_in_memory);
+    path.swap(other.path);
+    std::swap(file, other.file);
+    std::swap(n_slots, other.n_slots);
+    free_slots.swap(other.free_slots);
+}
+
+std::unique_ptr<laq_archive> laq_archive::detach() {
+    auto res = std::make_unique<laq_archive>(layers, limit, folder, warn);
+    res->swap(*this);
+    return res;
+}
+
+void laq_archive::attach(laq_archive & other) {
+    clear();
+    swap(other);
+}
+
+//
 // the file
 //
 

@@ -54,6 +54,12 @@ class laq_archive {
     void forget(int32_t pos);  // positions from here on are gone
     void clear();
 
+    // An archive of the same settings that has all that this one held; nothing is copied, nor read from the file. n_lost
+    // stays.
+    std::unique_ptr<laq_archive> detach();
+    // Take over what one from detach() holds, in place of what is held here.
+    void attach(laq_archive & other);
+
     // what a saved state carries: calls visit(index, held, bytes, n_bytes) for every block
     void visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit);
     void restore(const std::vector<laq_archive_image> & images);
@@ -92,6 +98,7 @@ class laq_archive {
     std::vector<int64_t>                     free_slots;
     std::function<void(const std::string &)> warn;
 
+    void swap(laq_archive & other);
     void allocate(block & b, bool zero);
     bool load(block & b);
     bool store(block & b);

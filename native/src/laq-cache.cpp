@@ -2,6 +2,7 @@
 
 #include "laq-graph.h"
 #include "laq-move.h"
+#include "laq-park.h"
 #include "laq-recall.h"
 
 #include "ggml-backend.h"
@@ -59,6 +60,10 @@ void laq_cache::set_params(const laq_params & p) {
     for (laq_seq & seq : seqs) {
         seq.pinned    = pinned;
         seq.remembers = false;
+    }
+    for (const auto & p : parked) {
+        p->pinned    = pinned;
+        p->remembers = false;
     }
 }
 

@@ -133,6 +133,9 @@ std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_e
 std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
                                        uint32_t n_shared);
 
+// what is in the cells of a sequence, as a saved state without the archive; throws laq_error
+std::vector<uint8_t> laq_state_of_cells(laq_cache & laq, int32_t seq_id);
+
 struct laq_recall_state;
 
 struct laq_cache {
@@ -165,6 +168,8 @@ struct laq_cache {
 
     std::unique_ptr<laq_recall_state> recall;               // null: what leaves the cells is gone
     bool                              save_archive = true;  // states carry it
+
+    std::vector<std::unique_ptr<laq_parked>> parked;  // sequences outside of the cells
 
     laq_stats   stats  = {};
     laq_status  status = LAQ_STATUS_OK;  // of the last update
@@ -239,6 +244,11 @@ struct laq_cache {
 
     // a sequence is gone
     void reset(int32_t seq_id);
+
+    // Take a sequence out of the cells; put one back into a sequence without tokens. Throw laq_error and change nothing
+    // if they fail.
+    laq_parked & park(int32_t seq_id);
+    void         resume(int32_t seq_id, laq_parked & p);
 
     // rows of the ring tensors that the rows of a ubatch go to, and which of its last rows are captured
     uint32_t n_captured(uint32_t n_tokens) const;

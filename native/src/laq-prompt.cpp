@@ -178,16 +178,9 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
 // The paper's draft: the pseudo tokens are generated from a cache that SnapKV has cut, then the full one comes back.
 // Their own keys go with the small cache: the softmax that scores then runs over the prompt's keys alone.
 static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits) {
-    const bool save_archive = std::exchange(laq.save_archive, false);  // it stays where it is
-
-    std::vector<uint8_t> full(laq.ctx->state_seq_get_size(seq_id, 0));
-    const bool           is_saved = laq.ctx->state_seq_get_data(seq_id, full.data(), full.size(), 0) == full.size();
-    laq.save_archive              = save_archive;
-    if (!is_saved) {
-        throw laq_error(LAQ_STATUS_NO_MEMORY, "draft = snapkv: the full cache could not be set aside in host memory");
-    }
-    const uint32_t n_evictions = laq.stats.n_evictions;  // what is put back was not evicted
-    const auto     put_back    = [&] {
+    const std::vector<uint8_t> full        = laq_state_of_cells(laq, seq_id);  // the archive stays where it is
+    const uint32_t             n_evictions = laq.stats.n_evictions;            // what is put back was not evicted
+    const auto                 put_back    = [&] {
         laq.stats.n_evictions = n_evictions;
 
         laq.keep_rings = true;  // the queries of the pseudo tokens are what all this is for

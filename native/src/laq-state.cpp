@@ -9,6 +9,7 @@
 #include "llama-io.h"
 
 #include <algorithm>
+#include <utility>
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
 static constexpr uint32_t STATE_VERSION = 4;
@@ -106,6 +107,26 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         write_ring(laq, io, s);
         write_archive(laq, io);
     }
+}
+
+std::vector<uint8_t> laq_state_of_cells(laq_cache & laq, int32_t seq_id) {
+    std::vector<uint8_t> res;
+
+    laq.ctx->synchronize();
+    const bool save_archive = std::exchange(laq.save_archive, false);
+    size_t     n            = 0;
+    try {
+        res.resize(laq.ctx->state_seq_get_size(seq_id, 0));
+        n = laq.ctx->state_seq_get_data(seq_id, res.data(), res.size(), 0);
+    } catch (...) {
+        laq.save_archive = save_archive;
+        throw;
+    }
+    laq.save_archive = save_archive;
+    if (n == 0 || n != res.size()) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "the cells could not be set aside in host memory");
+    }
+    return res;
 }
 
 //

@@ -303,3 +303,42 @@ def test_streams_of_their_own_are_refused(native, tiny_gguf: Callable[..., Path]
         native.check("laq_attach", status)
     llama_cpp.llama_free(ctx)
     llama_cpp.llama_model_free(model)
+
+
+def park(context: Context, seq: int) -> Any:
+    out = context.native.ffi.new("struct laq_parked **")
+    context.call("laq_park", seq, out)
+    return out[0]
+
+
+def test_one_sequence_is_parked_and_the_others_go_on(opened, native) -> None:
+    context = opened(**policy(native, "laq++"))
+    for seq, n in ((0, 100), (1, 300), (2, 40)):
+        context.read(seq, tokens_of(n, seed=seq))
+    evicted, untouched, kept = context.state(1), context.state(2), context.kept(1)
+    parked = park(context, 1)
+    assert context.stats(1).n_resident == context.stats(1).n_tokens == 0
+    assert context.stats(0).n_used == BUDGET + 40, "its cells are free"
+    context.read(1, tokens_of(200, seed=5))
+    with pytest.raises(LaqInvalidError, match="holds tokens"):
+        context.call("laq_resume", 1, parked)
+    other = park(context, 1)
+    context.call("laq_resume", 1, parked)
+    assert context.state(1) == evicted and context.state(2) == untouched, "byte for byte"
+    assert context.kept(1).tolist() == kept.tolist()
+    context.decode((300, 300, 1), (301, 40, 2))
+    context.call("laq_forget", other)
+
+
+def test_a_parked_sequence_waits_until_there_are_cells(opened, native) -> None:
+    context = opened(policy=0)
+    context.read(0, tokens_of(200))
+    state, parked = context.state(0), park(context, 0)
+    for first in (0, 200):
+        context.decode(*[(t, first + i, 1) for i, t in enumerate(tokens_of(200, seed=1))])
+    with pytest.raises(LaqNativeError, match="no cells for the 200 that were parked"):
+        context.call("laq_resume", 0, parked)
+    assert (context.stats(0).n_tokens, context.stats(1).n_tokens) == (0, 400)
+    assert context.api.llama_memory_seq_rm(context.memory, 1, -1, -1)
+    context.call("laq_resume", 0, parked)
+    assert context.state(0) == state

@@ -231,10 +231,10 @@ class Mirror:
         self._both(lambda: self._call["set_pinned"](spans), model)
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        if max(p0, 0) < self.cache.n_tokens:
-            self.logits = None
         n_tokens = self.cache.n_tokens
         done = self._call["kv_cache_seq_rm"](seq_id, p0, p1)
+        if done and max(p0, 0) < n_tokens:
+            self.logits = None  # a removal that is refused leaves them
         if done and max(p0, 0) < (n_tokens if p1 < 0 else min(p1, n_tokens)):
             self.tokens = {p: token for p, token in self.tokens.items() if p < max(p0, 0)}
         assert done == self.cache.remove(p0, p1), f"native: {done}, the model says otherwise"
@@ -254,6 +254,28 @@ class Mirror:
         self.tokens = {}
         self.logits = None
         self.check()
+
+    def park(self, name: str) -> dict[str, Any]:
+        """The Llama parks the chat; what the model needs to resume it."""
+        held = {
+            "cache": self.cache.snapshot(),
+            "params": self.cache.params,
+            "tokens": self.tokens,
+            "logits": None if self.llm._requires_eval else self.logits,
+        }
+        self.llm.park(name)
+        self.check()
+        return held
+
+    def resume(self, name: str, held: dict[str, Any]) -> None:
+        logits = held["logits"]
+        self.llm.resume(name)
+        self.cache.restore(held["cache"])
+        self.cache.params, self.tokens, self.logits = held["params"], held["tokens"], logits
+        self.check()
+        assert self.llm._requires_eval == (logits is None)
+        if logits is not None and self.tolerance is not None:
+            assert_nmse(self.inspector.logits(), logits, self.tolerance, "the logits are back")
 
     # what comes ahead of a prompt's end
 

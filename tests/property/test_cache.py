@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from laq_gguf.errors import LaqContextFullError, LaqStateError
+from laq_gguf.errors import LaqArgumentError, LaqContextFullError, LaqError, LaqStateError
 from property.mirror import Mirror
 from property.setups import SETUPS, SHAPE, Setup
 
@@ -45,6 +45,7 @@ SEQUENCES = settings(
 )
 
 few = st.integers(1, 12)
+names = st.sampled_from(["a", "b"])
 lengths = st.one_of(few, st.integers(1, 400))
 
 
@@ -75,6 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.cache, self.rng = self.mirror.cache, np.random.default_rng(0)
         self.has_gap = False
+        self.parked: dict[str, Any] = {}  # what the mirror needs to resume them, by name
         self.file_names = (self.folder / f"{i}.session" for i in count())
 
     def teardown(self) -> None:
@@ -83,6 +85,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def both_count_alike(self) -> None:
         assert self.llm.n_tokens == self.cache.n_tokens
+        chats = {name: held["cache"]["n_tokens"] for name, held in self.parked.items()}
+        assert {name: chat.n_tokens for name, chat in self.llm.parked().items()} == chats
 
     def fresh(self, n: int) -> list[int]:
         return self.rng.integers(3, self.llm.n_vocab(), n).tolist()
@@ -259,6 +263,43 @@ class CacheMachine(RuleBasedStateMachine):
         self.attempt(lambda: self.llm.load_state(cut), is_gone=True)
         self.mirror.tokens = {}
 
+    # parking
+
+    @rule(name=names)
+    def park(self, name: str) -> None:
+        if name in self.parked or self.cache.n_tokens == 0:
+            with pytest.raises(LaqError, match=r"already|is empty"):
+                self.llm.park(name)
+        else:
+            self.parked[name] = self.mirror.park(name)
+        self.mirror.check()
+
+    @rule(name=names)
+    def resume(self, name: str) -> None:
+        if name in self.parked and self.cache.n_tokens > 0:
+            self.llm.reset()
+        if name in self.parked:
+            self.mirror.resume(name, self.parked.pop(name))
+        else:
+            with pytest.raises(LaqArgumentError, match="parked"):
+                self.llm.resume(name)
+        self.mirror.check()
+
+    @precondition(lambda self: self.cache.n_tokens > 0 and self.parked)
+    @rule()
+    def resume_into_another_chat(self) -> None:
+        with pytest.raises(LaqStateError, match="is in the cache"):
+            self.llm.resume(next(iter(self.parked)))
+        self.mirror.check()
+
+    @precondition(lambda self: self.parked)
+    @rule()
+    def forget(self) -> None:
+        name = next(iter(self.parked))
+        self.llm.forget(name)
+        del self.parked[name]
+        self.mirror.check()
+
     # what changes nothing
 
     @rule(name=st.sampled_from(["seq_add", "seq_div", "seq_keep"]))
@@ -342,6 +383,27 @@ def read_on_without_queries(machine: CacheMachine) -> None:
     machine.read(n=300)
 
 
+def park_while_an_eviction_waits(machine: CacheMachine) -> None:
+    machine.read(n=400)
+    machine.decode(n=3)
+    machine.park(name="a")
+    machine.read(n=200)
+    machine.decode(n=12)
+    state = machine.save()
+    machine.park(name="b")
+    machine.resume(name="a")
+    machine.prompt_end()
+    machine.decode(n=12)
+    machine.remove(begin="end", offset=-5, n=None)
+    machine.park(name="a")
+    machine.load(state=state)
+    machine.resume(name="a")
+    machine.recall()
+    machine.read(n=100)
+    machine.resume(name="b")
+    machine.read(n=100)
+
+
 @dataclass
 class Machines:
     """Makes classes of machines."""
@@ -381,6 +443,7 @@ def test_calls_in_any_order(machines: Machines, setup: Setup) -> None:
         remove_all_that_is_left,
         go_back_beyond_all_queries,
         read_on_without_queries,
+        park_while_an_eviction_waits,
     ],
     ids=lambda calls: calls.__name__,
 )
