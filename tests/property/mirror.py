@@ -79,7 +79,9 @@ class Mirror:
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
-        self.tokens: dict[int, int] = {}  # those decoded, by position
+        # what native remembers of the last tokens decoded, by position: one for each slot
+        self.tokens: dict[int, int] = {}
+        self.n_slots = params.probe_size + max(params.window_size, params.snapkv_window)
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.refused = 0, False
@@ -139,7 +141,7 @@ class Mirror:
                 if self.after.n_evictions > self.before.n_evictions:
                     self.cache.flush()  # what waits comes first, whether there is room or not
                 raise
-            self.tokens |= dict(enumerate(tokens, self.cache.n_tokens))
+            self._note(tokens)
             self.logits = self.model.forward(tokens, self.cache)
             self.n_decoded += len(tokens)
             self._adopt(len(tokens))
@@ -178,8 +180,10 @@ class Mirror:
             if message and cache.choose_for_message(len(message)):
                 self._read_again(message)
             tail = self._tail(params.window) if looks_ahead else []
-            n_before = cache.n_recalls
+            n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)
+            self._note([0] * (self.after.n_pseudo - self.before.n_pseudo))
+            self.tokens = {p: token for p, token in self.tokens.items() if p < n_prompt}
             if cache.n_recalls > n_before:
                 self._read_again(tail)
 
@@ -196,9 +200,16 @@ class Mirror:
             return
         assert self.after.n_reread - self.before.n_reread == n
         assert self.cache.remove(self.cache.n_tokens - n)
+        self._note(tokens)
         self.logits = self.model.forward(tokens, self.cache)
         self.n_decoded += n
         self._adopt(n)
+
+    def _note(self, tokens: list[int]) -> None:
+        """Tokens are decoded after what is cached; each takes the slot of an earlier one."""
+        for p, token in enumerate(tokens, self.cache.n_tokens):
+            taken = [q for q in self.tokens if q % self.n_slots == p % self.n_slots]
+            self.tokens = {q: t for q, t in self.tokens.items() if q not in taken} | {p: token}
 
     def _tail(self, n_most: int) -> list[int]:
         """The last tokens that every head holds and that are known."""
