@@ -19,7 +19,7 @@ PATH = [5, 9, 200, 31, 7, 88, 40, 12, 3]
 
 
 def arguments(model: Path) -> argparse.Namespace:
-    return argparse.Namespace(model=model, threads=1)
+    return argparse.Namespace(model=model, threads=1, bounded_staging=None)
 
 
 @pytest.fixture
