@@ -50,8 +50,8 @@ class KvStats:
         n_lost: rows that could not be kept or read back, or that a state did not carry.
         n_reread: of n_decoded, tokens at the end of a prompt that were decoded again after a
             re-selection.
-        ms_recall: milliseconds spent in re-selections, tokens decoded again included, pseudo
-            tokens not.
+        ms_recall: milliseconds spent in re-selections: scores, choice, and what comes back.
+        ms_reread: milliseconds spent decoding tokens again after them.
         bytes_down: bytes that went to the archive.
         bytes_up: bytes that came back.
         recall_bytes: bytes of the buffers that keys go through where a device scores the archive,
@@ -102,6 +102,7 @@ class KvStats:
     n_lost: int
     n_reread: int
     ms_recall: float
+    ms_reread: float
     bytes_down: int
     bytes_up: int
     recall_bytes: int

@@ -25,11 +25,15 @@ N_MESSAGE = 32  # tokens of the message that chooses again
 NOTES = [
     "decode steps of the full cache: those between the prompt and its eviction, when the whole "
     "prompt fits the cells (one sequence, FlashAttention on)",
-    f"re-selection (kv_recall, lookahead pseudo): after a message of {N_MESSAGE} tokens; what was "
-    "read again and the pseudo tokens count",
+    f"re-selections (kv_recall, lookahead pseudo): those of a turn whose message has {N_MESSAGE} "
+    "tokens: scores, choice, rows that come back; all that recall adds: the tokens that are read "
+    "again and the pseudo tokens as well",
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
+RECALL_COUNTERS = (
+    "ms_recall", "ms_reread", "ms_lookahead", "n_recalls", "n_recalled", "n_reread"
+)  # fmt: skip
 FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 
@@ -125,15 +129,13 @@ def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
-    """What a message's re-selection took, ms: `ms` in all, pseudo tokens and what was read again
-    included; rows that came back; and the bytes on the device, before and after."""
+    """What a message's re-selections took, `ms_recall`, and with pseudo tokens and what was read
+    again, `ms`; rows that came back; and the bytes on the device, before and after."""
     before, after = turn["before"], turn["after"]
-    parts = {
-        n: after[n] - before[n] for n in ("ms_recall", "ms_lookahead", "n_recalls", "n_recalled")
-    }
+    parts = {n: after[n] - before[n] for n in RECALL_COUNTERS}
     held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
     return {
-        "ms": parts["ms_recall"] + parts["ms_lookahead"],
+        "ms": parts["ms_recall"] + parts["ms_reread"] + parts["ms_lookahead"],
         "ms_message": turn["ms"],
         **parts,
         "device_bytes_before": sum(before[n] for n in held),
@@ -142,16 +144,20 @@ def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def recall_bars(rounds: list[dict[str, Any]], full: list[float], n: int) -> list[dict[str, Any]]:
-    """The bars of a re-selection after n tokens; full: a decode step of the full cache, ms."""
+    """The bars of a turn's recall after n tokens; full: a decode step of the full cache, ms."""
     found = [r["recall"] for r in rounds]
     grown = [r["device_bytes_after"] - r["device_bytes_before"] for r in found]
     return [
         bar(
-            f"re-selection after {n} tokens, in decode steps of the full cache",
+            f"re-selections of a turn after {n} tokens, in decode steps of the full cache",
+            ratios([r["ms_recall"] for r in found], full), "< 10", lambda x: x < 10,
+        ),
+        bar(
+            "all that recall adds to the turn, in decode steps of the full cache",
             ratios([r["ms"] for r in found], full), "< 10", lambda x: x < 10,
         ),
         bar(
-            f"re-selection after {n} tokens, s",
+            "all that recall adds to the turn, s",
             [r["ms"] / 1e3 for r in found], "< 0.5", lambda x: x < 0.5,
         ),
         bar("bytes on the device that it added", grown, "<= 0", lambda x: x <= 0),

@@ -1,9 +1,10 @@
 // GGML_OP_LAQ_SCORE on the CPU
 //
-// Two passes over K, so that the n_q x n_kv x n_head attention is never stored:
+// Two passes over K, so that the n_q x n_kv x n_head attention need not be stored:
 //   1. per KV head and chunk of keys: running maximum and sum of exponentials of every query row
 //   2. the logits again, turned into probabilities with the log-sum-exp of pass 1 and added up per key
-// Chunks do not depend on the number of threads, so neither do the results.
+// Those of the first chunks are kept in between, in a buffer of fixed size: pass 2 computes the others anew, alike to the
+// bit. Chunks do not depend on the number of threads, so neither do the results.
 //
 // The lanes of a vector are query rows: K is read as it lies, only the few queries are transposed, and what belongs to a
 // row (maximum, sum) stays in its lane. What limits it: the FMAs of the two passes (half each), then the exponentials.
@@ -21,9 +22,10 @@
 
 namespace {
 
-constexpr int64_t N_TILE  = 32;   // keys converted at once
-constexpr int64_t N_CHUNK = 512;  // keys of one work item
-constexpr int64_t N_LINE  = 16;   // floats between the buffers of two threads: a cache line
+constexpr int64_t N_TILE  = 32;           // keys converted at once
+constexpr int64_t N_CHUNK = 512;          // keys of one work item
+constexpr int64_t N_LINE  = 16;           // floats between the buffers of two threads: a cache line
+constexpr int64_t N_KEPT  = 1024 * 1024;  // floats, at most, that keep logits between the passes
 
 #if defined(__GNUC__) || defined(__clang__)
 #    if defined(__AVX512F__)
@@ -92,6 +94,11 @@ struct score_shape {
     // maximum and sum of each (KV head, chunk, row)
     int64_t n_stats() const { return 2 * n_head_kv * n_chunks * n_lanes; }
 
+    // logits of a chunk, and how many chunks keep theirs
+    int64_t n_logits() const { return N_CHUNK * n_lanes; }
+
+    int64_t n_kept() const { return std::min(n_head_kv * n_chunks, N_KEPT / n_logits()); }
+
     // queries, keys of a tile, logits, exponentials, log-sum-exp
     int64_t n_scratch() const { return n_embd * (n_lanes + N_TILE) + 2 * N_TILE * n_lanes + n_lanes + N_LINE; }
 };
@@ -100,7 +107,7 @@ struct score_shape {
 struct score_work {
     float * qt;      // [n_embd][n_lanes] of one KV head, rows past n_rows are zero
     float * keys;    // [N_TILE][n_embd]
-    float * logits;  // [N_TILE][n_lanes]
+    float * logits;  // [N_TILE][n_lanes], where they are not kept
     float * exps;    // [N_TILE][n_lanes]
     float * lse;     // [n_lanes]
 
@@ -156,15 +163,15 @@ void dot_block(const float * const * k, const float * qt, int64_t n_embd, int64_
     }
 }
 
-void dot_tile(const float * const * k, const score_shape & s, const score_work & w) {
+void dot_tile(const float * const * k, const score_shape & s, const float * qt, float * out) {
     constexpr int64_t N = N_BLOCK * N_LANE;
     for (int64_t t = 0; t < N_TILE; t += N_KEYS) {
         int64_t r = 0;
         for (; r + N <= s.n_lanes; r += N) {
-            dot_block<N_BLOCK>(k + t, w.qt + r, s.n_embd, s.n_lanes, w.logits + t * s.n_lanes + r);
+            dot_block<N_BLOCK>(k + t, qt + r, s.n_embd, s.n_lanes, out + t * s.n_lanes + r);
         }
         for (; r < s.n_lanes; r += N_LANE) {
-            dot_block<1>(k + t, w.qt + r, s.n_embd, s.n_lanes, w.logits + t * s.n_lanes + r);
+            dot_block<1>(k + t, qt + r, s.n_embd, s.n_lanes, out + t * s.n_lanes + r);
         }
     }
 }
@@ -182,9 +189,9 @@ bool has_mask(const float * m, const score_shape & s, int64_t n) {
     return bits != 0;
 }
 
-// w.logits[t][r] of a tile, -inf past its end
-void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t i0, int64_t n,
-                 const score_work & w) {
+// x[t][r] = logits of a tile, -inf past its end
+void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w,
+                 float * x) {
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * mask = dst->src[2];
 
@@ -200,9 +207,8 @@ void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
     }
     std::fill(keys + n, keys + N_TILE, keys[0]);
 
-    dot_tile(keys, s, w);
+    dot_tile(keys, s, w.qt, x);
 
-    float * x = w.logits;
     if (softcap == 0.0f) {
         ggml_vec_scale_f32(N_TILE * s.n_lanes, x, scale);
     } else {
@@ -221,19 +227,20 @@ void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
     std::fill(x + n * s.n_lanes, x + N_TILE * s.n_lanes, -INFINITY);
 }
 
-// w.exps[t][r] = exp(w.logits[t][r] - shift[r])
-void tile_exps(const score_shape & s, const float * shift, const score_work & w) {
+// w.exps[t][r] = exp(x[t][r] - shift[r])
+void tile_exps(const score_shape & s, const float * x, const float * shift, const score_work & w) {
     for (int64_t t = 0; t < N_TILE; ++t) {
         for (int64_t r = 0; r < s.n_lanes; ++r) {
-            w.exps[t * s.n_lanes + r] = w.logits[t * s.n_lanes + r] - shift[r];
+            w.exps[t * s.n_lanes + r] = x[t * s.n_lanes + r] - shift[r];
         }
     }
     ggml_vec_soft_max_f32(N_TILE * s.n_lanes, w.exps, w.exps, 0.0f);
 }
 
-// pass 1: stats = maximum [n_lanes] and sum of exponentials [n_lanes] over one chunk
+// pass 1: stats = maximum [n_lanes] and sum of exponentials [n_lanes] over one chunk; kept = where its logits stay, or
+// null
 void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
-                 float * stats) {
+                 float * kept, float * stats) {
     float * max = stats;
     float * sum = stats + s.n_lanes;
     std::fill(max, max + s.n_lanes, -INFINITY);
@@ -241,23 +248,26 @@ void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
-        tile_logits(dst, s, g, i0, std::min(N_TILE, i1 - i0), w);
+        float * logits = kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits;
+        tile_logits(dst, s, g, i0, std::min(N_TILE, i1 - i0), w, logits);
 
         float * shift = w.lse;
         std::copy(max, max + s.n_lanes, shift);
         for (int64_t t = 0; t < N_TILE; ++t) {
-            const float * x = w.logits + t * s.n_lanes;
+            const float * x = logits + t * s.n_lanes;
             for (int64_t r = 0; r < s.n_lanes; ++r) {
                 shift[r] = shift[r] > x[r] ? shift[r] : x[r];
             }
         }
         for (int64_t r = 0; r < s.n_lanes; ++r) {
-            // nothing seen yet: -inf - -inf is no number
-            sum[r] *= max[r] == -INFINITY ? 0.0f : expf(max[r] - shift[r]);
-            max[r]   = shift[r];
+            if (shift[r] != max[r]) {
+                // nothing seen yet: the sum is 0
+                sum[r] *= expf(max[r] - shift[r]);
+                max[r] = shift[r];
+            }
             shift[r] = max[r] == -INFINITY ? 0.0f : max[r];
         }
-        tile_exps(s, shift, w);
+        tile_exps(s, logits, shift, w);
         for (int64_t t = 0; t < N_TILE; ++t) {
             const float * p = w.exps + t * s.n_lanes;
             for (int64_t r = 0; r < s.n_lanes; ++r) {
@@ -306,15 +316,18 @@ float sum_lanes(const float * p, int64_t n_lanes) {
     return lanes[0];
 }
 
-// pass 2: the scores of one chunk
-void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w) {
+// pass 2: the scores of one chunk; kept = its logits, or null
+void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
+                  const float * kept) {
     float * res = (float *) dst->data + g * s.n_kv;
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
         const int64_t n = std::min(N_TILE, i1 - i0);
-        tile_logits(dst, s, g, i0, n, w);
-        tile_exps(s, w.lse, w);
+        if (!kept) {
+            tile_logits(dst, s, g, i0, n, w, w.logits);
+        }
+        tile_exps(s, kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits, w.lse, w);
         for (int64_t t = 0; t < n; ++t) {
             res[i0 + t] = sum_lanes(w.exps + t * s.n_lanes, s.n_lanes) / (float) s.n_group;
         }
@@ -325,7 +338,7 @@ void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int
 
 size_t ggml_laq_score_work_size(const ggml_tensor * dst, int n_tasks) {
     const score_shape s(dst);
-    return sizeof(float) * (s.n_stats() + N_LINE + n_tasks * s.n_scratch());
+    return sizeof(float) * (s.n_stats() + N_LINE + s.n_kept() * s.n_logits() + n_tasks * s.n_scratch());
 }
 
 void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -335,9 +348,14 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
 
     float * stats = (float *) params->wdata;
 
-    const score_work w(s, stats + s.n_stats() + N_LINE + params->ith * s.n_scratch());
+    float * logits = stats + s.n_stats() + N_LINE;
 
-    const int64_t n_items = s.n_head_kv * s.n_chunks;
+    const int64_t    n_items = s.n_head_kv * s.n_chunks;
+    const int64_t    n_kept  = s.n_kept();
+    const score_work w(s, logits + n_kept * s.n_logits() + params->ith * s.n_scratch());
+
+    // a thread has the same items in both passes
+    const auto kept = [&](int64_t item) { return item < n_kept ? logits + item * s.n_logits() : nullptr; };
 
     int64_t g_now = -1;  // head of w.qt
     for (int64_t item = params->ith; item < n_items; item += params->nth) {
@@ -346,7 +364,7 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
             load_queries(dst->src[0], s, g, w);
             g_now = g;
         }
-        chunk_stats(dst, s, g, item % s.n_chunks, w, stats + 2 * item * s.n_lanes);
+        chunk_stats(dst, s, g, item % s.n_chunks, w, kept(item), stats + 2 * item * s.n_lanes);
     }
 
     ggml_barrier(params->threadpool);
@@ -362,6 +380,6 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
             head_lse(dst, s, g, stats, w.lse);
             g_lse = g;
         }
-        chunk_scores(dst, s, g, item % s.n_chunks, w);
+        chunk_scores(dst, s, g, item % s.n_chunks, w, kept(item));
     }
 }

@@ -39,7 +39,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 5
+#define LAQ_ABI_VERSION 6
 
 struct llama_context;
 struct laq_cache;
@@ -177,7 +177,8 @@ struct laq_stats {
     uint64_t n_reread;            // tokens of a prompt that were decoded again after a re-selection
     uint32_t n_recalls;           // re-selections
     uint32_t n_recalls_skipped;   // where the selection would hardly have changed
-    double   ms_recall;           // re-selections, tokens decoded again included, pseudo tokens not
+    double   ms_recall;           // re-selections: scores, choice, and what comes back
+    double   ms_reread;           // tokens decoded again after them
     uint64_t bytes_down;          // from the cells to the archive
     uint64_t bytes_up;
     uint64_t recall_bytes;      // the buffers for it on devices, read back from the backend's; fixed as all others

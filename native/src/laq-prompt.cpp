@@ -224,7 +224,7 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
     }
     laq.ctx->synchronize();
     laq.stats.n_reread += n;
-    laq.stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+    laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
 }
 
 void laq_recall_for_message(laq_cache & laq, int32_t seq_id) {

@@ -33,19 +33,33 @@ static void compute(ggml_backend_t backend, ggml_context * c, ggml_tensor * res)
     }
 }
 
+static ggml_tensor * over(ggml_tensor * t, const void * data) {
+    t->data = const_cast<void *>(data);
+    return t;
+}
+
+// the keys in host memory, written by the threads of the CPU's backend
+static ggml_tensor * keys_of(ggml_context * c, const laq_head_op & op) {
+    if (!op.fill) {
+        return over(ggml_new_tensor_2d(c, op.type, op.n_embd_head, op.n_kv), op.k);
+    }
+    const auto fill = [](ggml_tensor * dst, int ith, int nth, void * data) {
+        ((const laq_head_op *) data)->fill(dst->ne[1] * ith / nth, dst->ne[1] * (ith + 1) / nth);
+    };
+    return over(ggml_custom_4d(c, op.type, op.n_embd_head, op.n_kv, 1, 1, nullptr, 0, fill, GGML_N_TASKS_MAX,
+                               const_cast<laq_head_op *>(&op)),
+                op.k);
+}
+
 // by the CPU, which reads keys and queries where they are
 static void score_in_place(ggml_backend_t cpu, const laq_head_op & op, float * dst) {
     std::vector<uint8_t>   meta;
-    const ggml_context_ptr ctx  = new_context(meta);
-    ggml_context *         c    = ctx.get();
-    const auto             over = [](ggml_tensor * t, const void * data) {
-        t->data = const_cast<void *>(data);
-        return t;
-    };
-    ggml_tensor * q = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q);
-    ggml_tensor * k = over(ggml_new_tensor_2d(c, op.type, op.n_embd_head, op.n_kv), op.k);
-    ggml_tensor * m = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask);
-    ggml_tensor * s = op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr;
+    const ggml_context_ptr ctx = new_context(meta);
+    ggml_context *         c   = ctx.get();
+    ggml_tensor *          q   = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q);
+    ggml_tensor *          k   = keys_of(c, op);
+    ggml_tensor *          m   = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask);
+    ggml_tensor *          s   = op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr;
 
     compute(cpu, c, over(ggml_laq_score(c, q, k, m, s, op.scale, op.softcap), dst));
 }
@@ -80,7 +94,7 @@ laq_score_stream::laq_score_stream(ggml_backend_t backend, const laq_head_size &
     ggml_backend_buffer_clear(buf.get(), 0);
     // what the kernel allocates for itself grows with the keys: let it have all of it now
     const laq_head_op op = { most.type, most.n_embd_head, most.n_group, most.n_q, most.n_kv, nullptr, nullptr, nullptr,
-                             0,         nullptr,          1.0f,         0.0f };
+                             0,         nullptr,          1.0f,         0.0f,     {} };
     const ggml_context_ptr gc = new_context(meta);
     compute(backend, gc.get(), add(op, gc.get(), false));
 }
@@ -134,8 +148,8 @@ struct sample_head {
     explicit sample_head(const laq_head_size & size) :
         k(ggml_row_size(size.type, size.n_embd_head) * size.n_kv), q(size.n_embd_head * size.n_q * size.n_group),
         mask(size.n_kv * size.n_q), res(size.n_kv),
-        op{ size.type, size.n_embd_head, size.n_group, size.n_q, size.n_kv, k.data(),
-            q.data(),  mask.data(),      UINT64_MAX,   nullptr,  1.0f,      0.0f } {}
+        op{ size.type,   size.n_embd_head, size.n_group, size.n_q, size.n_kv, k.data(), q.data(),
+            mask.data(), UINT64_MAX,       nullptr,      1.0f,     0.0f,      {} } {}
 };
 
 // the first time is a warm-up, where there is time for a second
@@ -286,6 +300,11 @@ void laq_recall_scorer::place(const laq_cache & laq, ggml_type type_k) {
 void laq_recall_scorer::score(uint32_t ikv, const laq_head_op & op, float * dst) {
     laq_score_stream * stream = of_layer[ikv];
     if (stream && stream->fits(op)) {
+        if (op.fill) {
+            std::vector<uint8_t>   meta;
+            const ggml_context_ptr ctx = new_context(meta);
+            compute(cpu.get(), ctx.get(), keys_of(ctx.get(), op));
+        }
         stream->score(op, dst);
     } else {
         score_in_place(cpu.get(), op, dst);

@@ -9,6 +9,7 @@
 #include "ggml.h"
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,13 +23,16 @@ struct laq_head_op {
     int64_t       n_group;  // heads of the KV head
     int64_t       n_q;
     int64_t       n_kv;
-    const void *  k;        // [n_kv][n_embd_head]
+    void *        k;        // [n_kv][n_embd_head]
     const float * q;        // [n_group][n_q][n_embd_head]
     const float * mask;     // [n_q][n_kv]
     uint64_t      mask_id;  // another one where the mask is another one
     const float * sinks;    // [n_group], or NULL
     float         scale;
     float         softcap;
+
+    // writes keys [i0, i1), by several threads at once; must not throw. Empty: they are there
+    std::function<void(int64_t i0, int64_t i1)> fill;
 };
 
 // the most that one op may take

@@ -112,20 +112,27 @@ bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {
 //
 
 static void convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n) {
+    constexpr int64_t N_STEP = 256;  // whole blocks of every type
+
     if (from == to) {
         memcpy(dst, src, ggml_row_size(from, n));
         return;
     }
-    std::vector<float> values(n);
-    if (from == GGML_TYPE_F32) {
-        memcpy(values.data(), src, n * sizeof(float));
-    } else {
-        ggml_get_type_traits(from)->to_float(src, values.data(), n);
-    }
-    if (to == GGML_TYPE_F32) {
-        memcpy(dst, values.data(), n * sizeof(float));
-    } else {
-        ggml_get_type_traits(to)->from_float_ref(values.data(), dst, n);
+    float values[N_STEP];
+    for (int64_t i = 0; i < n; i += N_STEP) {
+        const int64_t   n_now = std::min(N_STEP, n - i);
+        const uint8_t * s     = src + ggml_row_size(from, i);
+        uint8_t *       d     = dst + ggml_row_size(to, i);
+        if (from == GGML_TYPE_F32) {
+            memcpy(values, s, n_now * sizeof(float));
+        } else {
+            ggml_get_type_traits(from)->to_float(s, values, n_now);
+        }
+        if (to == GGML_TYPE_F32) {
+            memcpy(d, values, n_now * sizeof(float));
+        } else {
+            ggml_get_type_traits(to)->from_float_ref(values, d, n_now);
+        }
     }
 }
 
@@ -270,14 +277,13 @@ struct reselection {
   private:
     uint32_t             n_kept() const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
-    void                 gather(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const archive_part & keys,
-                                const laq_cell_rows & cells, std::vector<uint8_t> & dst) const;
-    void                 set_mask(const std::vector<laq_row> & rows);
-    void   score(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const std::vector<uint8_t> & keys,
-                 const layer_queries & by, float * dst);
-    void   choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
-    bool   fetch(uint32_t ikv, const archive_part & keys);
-    result run_layer(uint32_t ikv);
+    void        gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const archive_part & keys,
+                       const laq_cell_rows & cells, uint8_t * dst) const;
+    void        set_mask(const std::vector<laq_row> & rows);
+    laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
+    void        choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool        fetch(uint32_t ikv, const archive_part & keys);
+    result      run_layer(uint32_t ikv);
 };
 
 // tokens that every head can hold, at most what the eviction asks for
@@ -319,22 +325,26 @@ std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const 
     return res;
 }
 
-void reselection::gather(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h, const archive_part & keys,
-                         const laq_cell_rows & cells, std::vector<uint8_t> & dst) const {
+// the keys of some rows of a head
+void reselection::gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h,
+                         const archive_part & keys, const laq_cell_rows & cells, uint8_t * dst) const {
     const ggml_type type     = laq.recall->key_type(laq);
     const ggml_type archived = laq.recall->type[0];
     const int64_t   n        = n_embd_of(laq, ikv, 0);
     const size_t    n_row    = ggml_row_size(type, n);
     const size_t    n_there  = ggml_row_size(archived, n);
 
-    dst.resize(of_head.size() * n_row);
-    for (size_t i = 0; i < of_head.size(); ++i) {
-        const laq_row & row = of_head[i];
-        if (row.cell >= 0) {
-            convert(laq.k(ikv)->type, cells.at(h, row.cell), type, dst.data() + i * n_row, n);
-        } else {
-            convert(archived, keys.row(h, row.pos, n_there), type, dst.data() + i * n_row, n);
+    for (const laq_row *row = first, *end; row < last; dst += (end - row) * n_row, row = end) {
+        end = row + 1;
+        if (row->cell >= 0) {
+            convert(laq.k(ikv)->type, cells.at(h, row->cell), type, dst, n);
+            continue;
         }
+        // what follows it in its block lies behind it
+        while (end < last && end->cell < 0 && end->pos == end[-1].pos + 1 && end->pos % laq_archive::N_BLOCK != 0) {
+            ++end;
+        }
+        convert(archived, keys.row(h, row->pos, n_there), type, dst, n * (end - row));
     }
 }
 
@@ -357,8 +367,8 @@ void reselection::set_mask(const std::vector<laq_row> & of_head) {
     }
 }
 
-void reselection::score(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
-                        const std::vector<uint8_t> & keys, const layer_queries & by, float * dst) {
+laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
+                               const layer_queries & by) const {
     const laq_layer & layer   = laq.layers[ikv];
     const int64_t     n_group = layer.n_head / layer.n_head_kv;
 
@@ -368,14 +378,13 @@ void reselection::score(const std::vector<laq_row> & of_head, uint32_t ikv, uint
     op.n_group     = n_group;
     op.n_q         = obs.size();
     op.n_kv        = of_head.size();
-    op.k           = keys.data();
     op.q           = by.queries.data() + h * n_group * op.n_q * op.n_embd_head;
     op.mask        = mask.data();
     op.mask_id     = mask_id;
     op.sinks       = by.sinks.empty() ? nullptr : by.sinks.data() + h * n_group;
     op.scale       = layer.kq_scale;
     op.softcap     = layer.softcap;
-    laq.recall->scorer.score(ikv, op, dst);
+    return op;
 }
 
 void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
@@ -453,11 +462,18 @@ reselection::result reselection::run_layer(uint32_t ikv) {
     std::vector<uint8_t> gathered;
     for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
         std::vector<laq_row> of_head = candidates_of(ikv, h);
-        gather(of_head, ikv, h, keys, cells, gathered);
         set_mask(of_head);
         const size_t begin = scores[ikv].size();
         scores[ikv].resize(begin + of_head.size());
-        score(of_head, ikv, h, gathered, by, scores[ikv].data() + begin);
+
+        laq_head_op  op    = op_of(of_head, ikv, h, by);
+        const size_t n_row = ggml_row_size(op.type, op.n_embd_head);
+        gathered.resize(of_head.size() * n_row);
+        op.k    = gathered.data();
+        op.fill = [&](int64_t i0, int64_t i1) {
+            gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered.data() + i0 * n_row);
+        };
+        laq.recall->scorer.score(ikv, op, scores[ikv].data() + begin);
         choose(of_head, scores[ikv].data() + begin, ikv, h);
         if (laq.debug) {
             candidates[ikv].push_back(std::move(of_head));

@@ -36,14 +36,16 @@ def test_bars() -> None:
 
 
 def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
-    counts = {"ms_recall": 0.0, "ms_lookahead": 0.0, "n_recalls": 1, "n_recalled": 5}
+    counts = {**dict.fromkeys(device.RECALL_COUNTERS, 0.0), "n_recalls": 1, "n_recalled": 5}
     before = {**counts, "kv_bytes": 60, "ring_bytes": 20, "compute_bytes": 10, "recall_bytes": 10}
-    after = {**before, "ms_recall": 30.0, "ms_lookahead": 20.0, "n_recalls": 3, "n_recalled": 9}
+    spent = {"ms_recall": 20.0, "ms_reread": 10.0, "ms_lookahead": 20.0}
+    after = {**before, **spent, "n_recalls": 3, "n_recalled": 9}
     found = device.recall_of({"ms": 60.0, "before": before, "after": after})
     assert (found["ms"], found["ms_message"], found["n_recalled"]) == (50.0, 60.0, 4)
     grown = {**found, "device_bytes_after": 101}
     again = {"rounds": [{"recall": found}, {"recall": grown}]}
-    steps, seconds, added = device.bars({**results(), "recall 64": again}, [64])[-3:]
+    own, steps, seconds, added = device.bars({**results(), "recall 64": again}, [64])[-4:]
+    assert own["values"] == [2.0, 2.0] and own["passed"]
     assert steps["values"] == [5.0, 5.0] and steps["passed"]
     assert seconds["values"] == [0.05, 0.05] and seconds["passed"]
     assert added["values"] == [0, 1] and not added["passed"]
@@ -107,7 +109,7 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
     again = found["recall 640"]["rounds"][0]["recall"]
     assert again["n_recalls"] == 2 and again["n_recalled"] > 0, "the message's, and laq++'s"
     assert again["device_bytes_before"] == again["device_bytes_after"] > 0
-    assert len(document["bars"]) == 8
+    assert len(document["bars"]) == 9
     assert "| bar |" in report.render(out)
 
 
