@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from laq_gguf.bench.answers import added
 from laq_gguf.bench.options import add_common, check_model, integers, llama_options, settings
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, eviction_ms, ratios
@@ -31,9 +32,6 @@ NOTES = [
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
-RECALL_COUNTERS = (
-    "ms_recall", "ms_reread", "ms_lookahead", "n_recalls", "n_recalled", "n_reread"
-)  # fmt: skip
 FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 
@@ -132,7 +130,7 @@ def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
     """What a message's re-selections took, `ms_recall`, and with pseudo tokens and what was read
     again, `ms`; rows that came back; and the bytes on the device, before and after."""
     before, after = turn["before"], turn["after"]
-    parts = {n: after[n] - before[n] for n in RECALL_COUNTERS}
+    parts = added(before, after)
     held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
     return {
         "ms": parts["ms_recall"] + parts["ms_reread"] + parts["ms_lookahead"],

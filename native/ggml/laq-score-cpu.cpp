@@ -237,6 +237,12 @@ void tile_exps(const score_shape & s, const float * x, const float * shift, cons
     ggml_vec_soft_max_f32(N_TILE * s.n_lanes, w.exps, w.exps, 0.0f);
 }
 
+// where the logits of the tile from key i0 on are: among those of its chunk that are kept, or where kept is null in the
+// scratch
+float * logits_of(const score_shape & s, const score_work & w, float * kept, int64_t i0) {
+    return kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits;
+}
+
 // pass 1: stats = maximum [n_lanes] and sum of exponentials [n_lanes] over one chunk; kept = where its logits stay, or
 // null
 void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
@@ -248,7 +254,7 @@ void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
-        float * logits = kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits;
+        float * logits = logits_of(s, w, kept, i0);
         tile_logits(dst, s, g, i0, std::min(N_TILE, i1 - i0), w, logits);
 
         float * shift = w.lse;
@@ -318,16 +324,17 @@ float sum_lanes(const float * p, int64_t n_lanes) {
 
 // pass 2: the scores of one chunk; kept = its logits, or null
 void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
-                  const float * kept) {
+                  float * kept) {
     float * res = (float *) dst->data + g * s.n_kv;
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
-        const int64_t n = std::min(N_TILE, i1 - i0);
+        const int64_t n      = std::min(N_TILE, i1 - i0);
+        float *       logits = logits_of(s, w, kept, i0);
         if (!kept) {
-            tile_logits(dst, s, g, i0, n, w, w.logits);
+            tile_logits(dst, s, g, i0, n, w, logits);
         }
-        tile_exps(s, kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits, w.lse, w);
+        tile_exps(s, logits, w.lse, w);
         for (int64_t t = 0; t < n; ++t) {
             res[i0 + t] = sum_lanes(w.exps + t * s.n_lanes, s.n_lanes) / (float) s.n_group;
         }

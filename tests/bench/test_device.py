@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from laq_gguf.bench import device, report, tables
+from laq_gguf.bench.answers import COUNTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,7 @@ def test_bars() -> None:
 
 
 def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
-    counts = {**dict.fromkeys(device.RECALL_COUNTERS, 0.0), "n_recalls": 1, "n_recalled": 5}
+    counts = {**dict.fromkeys(COUNTERS, 0.0), "n_recalls": 1, "n_recalled": 5}
     before = {**counts, "kv_bytes": 60, "ring_bytes": 20, "compute_bytes": 10, "recall_bytes": 10}
     spent = {"ms_recall": 20.0, "ms_reread": 10.0, "ms_lookahead": 20.0}
     after = {**before, **spent, "n_recalls": 3, "n_recalled": 9}
