@@ -77,6 +77,19 @@ def check_integer(name: str, value: Any, low: int, high: int = _INT32_MAX) -> in
     return number
 
 
+def check_real(name: str, value: Any, low: float) -> float:
+    """Return the value of a setting as a float.
+
+    Raises:
+        LaqArgumentError: it is no finite number of at least low.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and number >= low:
+            return number
+    raise LaqArgumentError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
+
+
 def _spans(pinned: Any) -> tuple[tuple[int, int], ...]:
     spans = []
     form = "pinned must be a sequence of (first, end) positions, first < end"
@@ -166,6 +179,7 @@ class LaqConfig:
     kernel_size: int = 7
     pooling: str = "max"
     follow_size: int = 32
+    value_fit: float = 0.01
     draft: str = "full"
     score_kernel: str = "auto"
     probe_size: int = 48
@@ -178,6 +192,7 @@ class LaqConfig:
                 raise LaqArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name, low in _MINIMA.items():
             object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
+        object.__setattr__(self, "value_fit", check_real("value_fit", self.value_fit, 0))
         object.__setattr__(self, "pinned", _spans(self.pinned))
         if self.kernel_size % 2 == 0:
             raise LaqArgumentError(
@@ -359,6 +374,7 @@ class LaqConfig:
         params.n_sink = self.n_sink
         params.n_kernel = self.kernel_size
         params.n_follow = self.follow_size
+        params.value_fit = self.value_fit
         params.seed = seed & 0xFFFFFFFF
         params.n_pinned = len(self.pinned)
         params.pinned = spans if self.pinned else native.ffi.NULL

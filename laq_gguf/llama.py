@@ -69,6 +69,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         kernel_size: int = 7,
         pooling: str = "max",
         follow_size: int = 32,
+        value_fit: float = 0.01,
         draft: str = "full",
         score_kernel: str = "auto",
         probe_size: int = 48,
@@ -115,6 +116,10 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             follow_size: in heads that copy word for word (their best token has 7 % or more of the
                 attention), "laq++" and "laq" give 3/8 of the free cells to the tokens that follow
                 the best ones within so many positions: the copy goes on there. 0: no head does.
+            value_fit: with "laq++" V of the tokens that stay is moved, as little as it takes, until
+                the observed queries get what they got from the whole cache (ridge regression; the
+                values of arXiv 2602.16284). The ridge, in units of squared attention; 0: V stays
+                byte for byte, as it does with kv_recall and for what is always kept.
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
@@ -164,6 +169,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             kernel_size=kernel_size,
             pooling=pooling,
             follow_size=follow_size,
+            value_fit=value_fit,
             draft=draft,
             score_kernel=score_kernel,
             probe_size=probe_size,

@@ -29,7 +29,8 @@ class SettingsMixin:
             LaqArgumentError: a value is out of range, or bytes, or the policy cannot recall.
             LaqStateError: the model was made without kv_budget, or is closed.
             LaqNativeError: more lookahead or window than was allocated for, a policy that scores
-                after one that does not, or an eviction waits. Nothing was changed.
+                after one that does not, values fitted after none were, or an eviction waits.
+                Nothing was changed.
         """
         laq = self._attached("set_eviction()")
         if isinstance(kv_budget, str):

@@ -40,6 +40,7 @@ class KvStats:
         ms_score: the same for the scores.
         ms_select: the same for choosing what stays.
         ms_compact: the same for moving K and V.
+        ms_fit: the same for fitting values (`value_fit`).
         archive_bytes: bytes of the archive in host memory (see kv_recall); a row of it is K and V
             of one token in one layer and KV head.
         archive_file_bytes: bytes of the archive in its file.
@@ -93,6 +94,7 @@ class KvStats:
     ms_score: float
     ms_select: float
     ms_compact: float
+    ms_fit: float
     archive_bytes: int
     archive_file_bytes: int
     n_archived: int

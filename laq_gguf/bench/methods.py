@@ -113,7 +113,7 @@ def parse_method(name: str) -> Method:
     return method
 
 
-def _settings(name: str, method: Method, words: list[str]) -> dict[str, int | str]:
+def _settings(name: str, method: Method, words: list[str]) -> dict[str, int | float | str]:
     """Settings of words such as "window_size=32".
 
     Raises:
@@ -133,12 +133,12 @@ def _settings(name: str, method: Method, words: list[str]) -> dict[str, int | st
             )
         if setting in found:
             raise ValueError(f"{name!r} has {setting} twice")
-        found[setting] = text
-        if isinstance(getattr(default, setting), int):
-            try:
-                found[setting] = int(text)
-            except ValueError:
-                raise ValueError(f"{setting} of {name!r} is an int, got {text!r}") from None
+        kind = type(getattr(default, setting))
+        try:
+            found[setting] = kind(text)
+        except ValueError:
+            kinds = {int: "an int", float: "a number"}
+            raise ValueError(f"{setting} of {name!r} is {kinds[kind]}, got {text!r}") from None
     return found
 
 

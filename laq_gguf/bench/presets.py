@@ -30,10 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         # the most expensive last: on a slow machine the time may end before it
         "tasks": [*NIAH, "needles", "needles:4096", "kv_retrieval_75"],
-        "limit": 2,
+        "limit": 1,
         "methods": [
             *FULL,
             *WHOLE_READERS,
+            "laq++:value_fit=0",
             "bounded",
             *(f"{name}@{kind}" for kind in QUANTIZED for name in ("snapkv", "laq++")),
         ],

@@ -9,7 +9,13 @@ selection per KV head instead of one per query head, each local query masked at 
 and sinks, a recent window and user spans that always stay.
 """
 
-from .attention import POOLINGS, attention_scores, causal_mask, pool_scores
+from .attention import (
+    POOLINGS,
+    attention_scores,
+    attention_weights,
+    causal_mask,
+    pool_scores,
+)
 from .cache import KVCache
 from .cells import Tokens
 from .plan import ChunkPlan, default_chunk, plan_chunk
@@ -27,6 +33,7 @@ from .select import (
     select_head,
     select_keys,
 )
+from .values import attention_outputs, fit_values
 
 __all__ = [
     "POLICIES",
@@ -36,10 +43,13 @@ __all__ = [
     "PolicyParams",
     "RecallCache",
     "Tokens",
+    "attention_outputs",
     "attention_scores",
+    "attention_weights",
     "causal_mask",
     "copies",
     "default_chunk",
+    "fit_values",
     "follow_scores",
     "pinned_mask",
     "plan_chunk",

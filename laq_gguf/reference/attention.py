@@ -31,7 +31,7 @@ def causal_mask(query_positions: npt.ArrayLike, key_positions: npt.ArrayLike) ->
     return np.where(key <= query, np.float32(0), np.float32(-np.inf))
 
 
-def attention_scores(
+def attention_weights(
     q: npt.ArrayLike,
     k: npt.ArrayLike,
     *,
@@ -39,16 +39,15 @@ def attention_scores(
     mask: npt.ArrayLike | None = None,
     softcap: float = 0.0,
     sinks: npt.ArrayLike | None = None,
-) -> FloatArray:
-    """Attention that the queries pay to each key: summed over queries, averaged over the heads of a
-    group.
+) -> npt.NDArray[np.float64]:
+    """Attention that each query pays to each key.
 
     Computed in float64, so that what is measured against it is the other side's rounding.
 
     Args:
         q: (n_head, n_queries, d) queries after RoPE.
         k: (n_kv, n_head_kv, d) keys after RoPE; n_head is a multiple of n_head_kv, and query head h
-            reads KV head h // (n_head // n_head_kv).
+            reads KV head h // n_group, n_group = n_head // n_head_kv.
         scale: factor of q . k.
         mask: (n_queries, n_kv), or (n_head_kv, n_queries, n_kv) where heads hold different tokens;
             added to the logits after the soft-cap. A query whose mask is -inf everywhere pays no
@@ -56,7 +55,7 @@ def attention_scores(
         softcap: c > 0 replaces a logit x by c * tanh(x / c); 0 = none.
         sinks: (n_head,) one more logit for each head, in the denominator only.
     Returns:
-        (n_head_kv, n_kv) float32, higher = keep.
+        (n_head_kv, n_group, n_queries, n_kv); a row sums to 1, less what its sink has.
     Raises:
         ValueError: shapes that do not fit together, or softcap < 0.
     """
@@ -96,8 +95,26 @@ def attention_scores(
     top = np.where(np.isneginf(top), 0.0, top)
     weights = np.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sink_logits - top)
-    attention = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    return attention.sum(axis=2).mean(axis=1).astype(np.float32)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def attention_scores(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    *,
+    scale: float,
+    mask: npt.ArrayLike | None = None,
+    softcap: float = 0.0,
+    sinks: npt.ArrayLike | None = None,
+) -> FloatArray:
+    """Attention that the queries pay to each key: summed over queries, averaged over the heads of a
+    group. Arguments and errors are those of `attention_weights`.
+
+    Returns:
+        (n_head_kv, n_kv) float32, higher = keep.
+    """
+    weights = attention_weights(q, k, scale=scale, mask=mask, softcap=softcap, sinks=sinks)
+    return weights.sum(axis=2).mean(axis=1).astype(np.float32)
 
 
 def pool_scores(scores: npt.ArrayLike, kernel_size: int = 7, pooling: str = "max") -> FloatArray:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .attention import FloatArray, attention_scores, causal_mask
+from .attention import FloatArray, attention_scores, attention_weights, causal_mask
 from .cells import Cells, Layer, Tokens
 from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk
-from .select import PolicyParams, Span, query_range, select_head
+from .select import PolicyParams, Span, pinned_mask, query_range, select_head
+from .values import attention_outputs, fit_values
 
 
 class KVCache(Cells):
@@ -310,10 +312,13 @@ class KVCache(Cells):
                 for head, positions in layer.heads()
             ]
             kept.append(np.stack(rows))
+        # a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
+        if self.fits_values and params.needs_queries and not by_probe:
+            self._fit(params, kept, used, n_intact)
         self._keep(kept, n_intact)
         self.remembers = by_probe
         self._keep_queries(self.query_positions < n_end)
-        self.n_tokens = n_end
+        self.n_tokens = self.n_settled = n_end
         self.scores = scores
 
     def _remember(self, layer: Layer, raw: FloatArray, n_queries: int) -> FloatArray:
@@ -328,13 +333,68 @@ class KVCache(Cells):
         known = layer.positions[:, :n_kv] < self.n_intact
         return np.where(known, (mean + layer.memory[:, :n_kv]) * np.float32(0.5), mean)
 
+    @property
+    def fits_values(self) -> bool:
+        """Whether V of what stays is fitted."""
+        return self.params.fits_values
+
+    def keep_fitted(
+        self,
+        positions: npt.NDArray[np.int32],
+        n_intact: int,
+        params: PolicyParams,
+        queries: Span,
+    ) -> None:
+        """As `keep`, with V fitted as `params` say to what the queries [first, last) got.
+
+        Raises:
+            ValueError: a position that is not resident.
+        """
+        kept = self.cells_of(positions)
+        if params.fits_values:
+            used = (self.query_positions >= queries[0]) & (self.query_positions < queries[1])
+            self._fit(params, kept, used, n_intact)
+        self._keep(kept, n_intact)
+        self.n_settled = self.n_tokens
+
+    def _fit(
+        self,
+        params: PolicyParams,
+        kept: list[npt.NDArray[np.int64]],
+        used: npt.NDArray[np.bool_],
+        n_intact: int,
+    ) -> None:
+        """Fit V where it is kept and not pinned. What is dropped with this eviction is seen, too:
+        its queries are among those that are fitted to, as far as they read what is there now.
+        """
+        used = used & (self.query_positions >= self.n_settled)
+        if not used.any():
+            return
+        for il, layer in enumerate(self.layers):
+            positions = layer.positions
+            mask = causal_mask(self.query_positions[used], positions)
+            outputs = attention_outputs(self._weights(il, used, mask), layer.v)
+            stays = positions >= n_intact
+            np.put_along_axis(stays, kept[il], True, axis=1)
+            weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))
+            pinned = pinned_mask(
+                positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
+            )
+            layer.v = fit_values(weights, layer.v, outputs, stays & ~pinned, params.value_fit)
+
+    def _weights(
+        self, il: int, used: npt.NDArray[np.bool_], mask: FloatArray
+    ) -> npt.NDArray[np.float64]:
+        return attention_weights(self.queries[il, used].swapaxes(0, 1), **self._keys(il), mask=mask)
+
     def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        layer = self.layers[il]
-        return attention_scores(
-            self.queries[il, used].swapaxes(0, 1),
-            layer.k.swapaxes(0, 1),
-            scale=self.scale,
-            mask=causal_mask(self.query_positions[used], layer.positions),
-            softcap=self.softcap,
-            sinks=None if self.sinks is None else self.sinks[il],
-        )
+        mask = causal_mask(self.query_positions[used], self.layers[il].positions)
+        return attention_scores(self.queries[il, used].swapaxes(0, 1), **self._keys(il), mask=mask)
+
+    def _keys(self, il: int) -> dict[str, Any]:
+        return {
+            "k": self.layers[il].k.swapaxes(0, 1),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": None if self.sinks is None else self.sinks[il],
+        }

@@ -26,6 +26,7 @@ _STATE = (
     "n_tokens",
     "n_prompt",
     "n_intact",
+    "n_settled",
     "n_evictions",
     "pending",
     "remembers",
@@ -117,6 +118,7 @@ class Cells:
         self.n_tokens = 0  # last position + 1
         self.n_prompt = 0
         self.n_intact = 0  # 0 = nothing evicted
+        self.n_settled = 0  # tokens before it were read from other cells than there are now
         self.n_evictions = 0
         self.pending = False  # an eviction waits for its lookahead queries
         self.remembers = False  # the last eviction was by a probe of the prompt that is being read
@@ -153,13 +155,22 @@ class Cells:
         Raises:
             ValueError: a position that is not resident.
         """
+        self._keep(self.cells_of(positions), n_intact)
+        self.n_settled = self.n_tokens
+
+    def cells_of(self, positions: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int64]]:
+        """Where positions (n_layer, n_head_kv, n) are, for each layer (n_head_kv, n).
+
+        Raises:
+            ValueError: a position that is not resident.
+        """
         index = np.zeros(positions.shape, np.int64)
         for il, layer in enumerate(self.layers):
             for head, resident in layer.heads():
                 if not np.isin(positions[il, head], resident).all():
                     raise ValueError(f"layer {il}, head {head}: a position is not resident")
                 index[il, head] = np.searchsorted(resident, positions[il, head])
-        self._keep(list(index), n_intact)
+        return list(index)
 
     def remove(self, p0: int, p1: int = -1) -> bool:
         """Remove the positions [p0, p1); p1 < 0 means to the end. False: refused, nothing was
@@ -185,6 +196,7 @@ class Cells:
         # when nothing of the intact suffix is left, its beginning is where tokens go on
         last = int(self.layers[0].positions[0].max(initial=-1))
         self.n_tokens = max(last + 1, self.n_intact)
+        self.n_settled = min(self.n_settled, p0)
         self.remembers = False
         if p0 < self.n_prompt:
             self.pending = False  # the prompt that it belonged to is gone

@@ -175,6 +175,11 @@ class RecallCache(KVCache):
                 return
             super()._evict(n_keep, n_intact, queries, n_end, by_probe)
 
+    @property
+    def fits_values(self) -> bool:
+        """Not where there is an archive: what comes back from it is what it was."""
+        return super().fits_values and self.recall_when is None
+
     def _drop(self, n_end: int) -> None:
         """Tokens from n_end on were decoded ahead; nothing else changes."""
         for layer in self.layers:
@@ -256,7 +261,7 @@ class RecallCache(KVCache):
             layer.memory = np.zeros(columns.shape, np.float32)
         self.n_intact, self.remembers, self.pending = n_intact, False, False
         self._keep_queries(self.query_positions < n_end)
-        self.n_tokens, self.scores = n_end, scores
+        self.n_tokens, self.n_settled, self.scores = n_end, n_end, scores
         self.n_evictions += 1
         self.n_recalls += 1
         return True

@@ -46,6 +46,7 @@ class PolicyParams:
     kernel_size: int = 7
     pooling: str = "max"
     follow_size: int = 32
+    value_fit: float = 0.01
     seed: int = 0
     pinned: tuple[Span, ...] = ()
     probe_size: int = 48
@@ -69,6 +70,8 @@ class PolicyParams:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
         if self.follow_size < 0:
             raise ValueError(f"follow_size must not be negative, got {self.follow_size}")
+        if self.value_fit < 0:
+            raise ValueError(f"value_fit must not be negative, got {self.value_fit}")
         if self.probe_size < 1:
             raise ValueError(f"probe_size must be at least 1, got {self.probe_size}")
         if self.chunk_size < 0:
@@ -86,6 +89,13 @@ class PolicyParams:
     @property
     def needs_lookahead(self) -> bool:
         return self.policy in _LOOKAHEAD_POLICIES
+
+    @property
+    def fits_values(self) -> bool:
+        """Whether V of what stays is fitted (see values.py). A draft's outputs are those of a small
+        cache, and placeholders say nothing."""
+        fits = self.policy == "laq++" and self.draft == "full" and self.lookahead != "position"
+        return fits and self.value_fit > 0
 
 
 def query_range(params: PolicyParams, n_prompt: int, n_tokens: int) -> Span:

@@ -39,7 +39,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 6
+#define LAQ_ABI_VERSION 7
 
 struct llama_context;
 struct laq_cache;
@@ -140,6 +140,8 @@ struct laq_params {
     uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
                                // selects
     int32_t recall_device;     // enum laq_recall_device
+    float   value_fit;         // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
+                               // queries had; 0 = V stays byte for byte, as it does where there is an archive
 };
 
 struct laq_stats {
@@ -155,7 +157,7 @@ struct laq_stats {
     uint32_t n_head_kv;      // KV heads of a layer (the largest)
     uint64_t kv_bytes;       // K and V, read back from the backend's buffers
     uint64_t kv_bytes_full;  // what n_ctx cells take
-    uint64_t ring_bytes;     // the ring of captured queries, read back from the backend's buffers
+    uint64_t ring_bytes;     // the ring of captured queries and outputs, read back from the backend's buffers
     uint64_t compute_bytes;  // the graphs' buffers, evictions included, read back from the scheduler
     uint64_t n_decoded;      // tokens decoded, probe and pseudo tokens included
     uint64_t n_probe;        // probe tokens decoded and dropped
@@ -190,6 +192,7 @@ struct laq_stats {
     const char * compact_reason;    // why that one moves
     const char * recall_scored_on;  // devices that score the archive, with blanks between them; "" if there is none
     const char * recall_reason;     // why those
+    double       ms_fit;            // fits of values, a sum over all evictions
 };
 
 uint32_t     laq_abi_version(void);

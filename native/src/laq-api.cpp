@@ -13,6 +13,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -92,6 +93,7 @@ laq_params laq_default_params(void) {
     p.recall          = LAQ_RECALL_TURN;
     p.n_recall_rounds = 1;
     p.recall_device   = LAQ_RECALL_ON_AUTO;
+    p.value_fit       = 0.01f;
     return p;
 }
 
@@ -146,6 +148,7 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.n_recall_rounds <= 16, "n_recall_rounds must be in [0, 16]");
     laq_check(p.recall_device >= LAQ_RECALL_ON_AUTO && p.recall_device <= LAQ_RECALL_ON_DEVICE,
               "recall_device is not one of enum laq_recall_device");
+    laq_check(std::isfinite(p.value_fit) && p.value_fit >= 0.0f, "value_fit must be finite and not negative");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
     if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
@@ -226,6 +229,8 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         p.recall_device  = laq->params.recall_device;
         laq_check(laq->can_score || !laq_policy_scores(p),
                   "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
+        laq_check(laq->captures_outputs || !laq_policy_fits(p),
+                  "value_fit needs outputs, which the settings of laq_attach() did not: attach with these, or use 0");
         laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
                       p.n_window + p.n_lookahead <= laq->scratch.pos.size(),
                   "window_size, snapkv_window and lookahead_size need more queries than were allocated");

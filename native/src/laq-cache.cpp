@@ -24,7 +24,8 @@ void laq_ring::forget(int32_t p0) {
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
     ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()),
-    seqs(ctx->n_seq_max()), debug(getenv("LAQ_DEBUG") != nullptr), n_ctx_own(ctx->n_ctx_seq()) {
+    seqs(ctx->n_seq_max()), captures_outputs(p.value_fit > 0.0f && !p.archive), debug(getenv("LAQ_DEBUG") != nullptr),
+    n_ctx_own(ctx->n_ctx_seq()) {
     set_params(p);
     init_layers();
     init_rings();
@@ -125,7 +126,9 @@ void laq_cache::init_rings() {
             if (k(ikv)->buffer != buf.get()) {
                 continue;
             }
-            layer.ring = ggml_new_tensor_2d(rctx.get(), GGML_TYPE_F32, layer.n_embd_head_k * layer.n_head, n_slots);
+            // F16: attention itself rounds queries to the type of K, and outputs are means of V
+            const int64_t n_row = layer.n_ring_q() + (captures_outputs ? layer.n_ring_out() : 0);
+            layer.ring          = ggml_new_tensor_2d(rctx.get(), GGML_TYPE_F16, n_row, n_slots);
             ggml_format_name(layer.ring, "laq_ring_l%d", layer.il);
         }
         if (!ggml_get_first_tensor(rctx.get())) {
@@ -246,6 +249,15 @@ template <typename T> static uint64_t bytes_of(const T & bufs) {
     return res;
 }
 
+std::vector<float> laq_cache::query(uint32_t ikv, int32_t slot) const {
+    const laq_layer &        layer = layers[ikv];
+    std::vector<ggml_fp16_t> row(layer.n_ring_q());
+    std::vector<float>       res(row.size());
+    ggml_backend_tensor_get(layer.ring, row.data(), slot * layer.ring->nb[1], row.size() * sizeof(ggml_fp16_t));
+    ggml_fp16_to_fp32_row(row.data(), res.data(), row.size());
+    return res;
+}
+
 uint64_t laq_cache::kv_bytes() const {
     return bytes_of(kv->ctxs_bufs);
 }
@@ -306,6 +318,7 @@ void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots
 void laq_cache::reset(int32_t seq_id) {
     laq_seq & seq = seqs[seq_id];
     seq.n_intact  = 0;
+    seq.n_settled = 0;
     seq.pending   = std::nullopt;
     seq.remembers = false;
     if (!keep_rings) {

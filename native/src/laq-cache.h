@@ -28,12 +28,17 @@ struct laq_error : std::runtime_error {
 };
 
 struct laq_layer {
-    int32_t       il;  // layer of the model
-    uint32_t      n_head;
-    uint32_t      n_head_kv;
-    uint32_t      n_embd_head_k;
-    uint32_t      n_embd_head_v;
-    ggml_tensor * ring = nullptr;  // F32 [n_embd_head_k*n_head, n_slots]
+    int32_t  il;  // layer of the model
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t n_embd_head_k;
+    uint32_t n_embd_head_v;
+    // F16 [n_ring, n_slots]: the query of a token, and where outputs are captured what attention gave for it
+    ggml_tensor * ring = nullptr;
+
+    int64_t n_ring_q() const { return (int64_t) n_embd_head_k * n_head; }
+
+    int64_t n_ring_out() const { return (int64_t) n_embd_head_v * n_head; }
 
     // Where the cells hold different tokens in different heads: position that head h holds in a cell,
     // [n_head_kv][n_cells]. Valid where the cell table's position is below the n_intact of the cell's sequence.
@@ -56,7 +61,7 @@ struct laq_pending {
     int32_t n_prompt;  // tokens before the first generated one
 };
 
-// Queries of one sequence: slot of position p is first + p % n.
+// Queries (and outputs) of one sequence: slot of position p is first + p % n.
 struct laq_ring {
     uint32_t             first = 0;
     std::vector<int32_t> pos;  // [n] position of the query in each slot, -1 = none
@@ -70,7 +75,8 @@ struct laq_ring {
 // One sequence. Cells of positions below n_intact hold different tokens in different heads; from there on every head
 // holds the token that the cell table names. Invariant: in order of the table's positions, those of a head ascend.
 struct laq_seq {
-    int32_t                    n_intact = 0;
+    int32_t                    n_intact  = 0;
+    int32_t                    n_settled = 0;  // outputs from here on are those of what the cells hold now
     std::optional<laq_pending> pending;
     std::vector<laq_span>      pinned;
     laq_ring                   ring;
@@ -82,11 +88,13 @@ struct laq_saved {
     int32_t                           seq_id;
     uint32_t                          n_resident;
     int32_t                           n_intact;
+    int32_t                           n_settled;
     std::optional<laq_pending>        pending;
     bool                              remembers;
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
     std::vector<std::vector<float>>   memory;  // the same; empty if the sequence does not remember
+    bool                              has_outputs = true;
     std::vector<laq_archive_image>    archive;
     bool                              has_archive;
 };
@@ -163,8 +171,9 @@ struct laq_cache {
     std::string score_reason;
     std::string compact_reason;
 
-    bool                            debug;   // env: LAQ_DEBUG, keep the scores of the last eviction
-    std::vector<std::vector<float>> scores;  // per KV layer: [n_head_kv][n_kv]
+    const bool                      captures_outputs;  // what attention gave for each query lies behind it in the ring
+    bool                            debug;             // env: LAQ_DEBUG, keep the scores of the last eviction
+    std::vector<std::vector<float>> scores;            // per KV layer: [n_head_kv][n_kv]
 
     std::unique_ptr<laq_recall_state> recall;               // null: what leaves the cells is gone
     bool                              save_archive = true;  // states carry it
@@ -209,11 +218,14 @@ struct laq_cache {
     // position that head `h` of KV layer `ikv` holds in a cell of a sequence
     int32_t pos_at(int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const;
 
+    // queries in slots of the rings, from the backend's memory: F32 [n_head][n_embd_head_k]
+    std::vector<float> query(uint32_t ikv, int32_t slot) const;
+
     uint64_t kv_bytes() const;
     uint64_t ring_bytes() const;
     uint64_t compute_bytes() const;
 
-    // Score, select, compact: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
+    // Score, select, compact, fit: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
     void evict(const laq_eviction & e);
 
     // the attention of captured queries to the cells of `order`
@@ -273,6 +285,16 @@ struct laq_cache {
     // free.
     std::vector<uint32_t> compact(const laq_eviction & e, const std::vector<uint32_t> & order,
                                   const std::vector<uint8_t> & own, const laq_rows & rows);
+
+    // the cells `dst` hold what was kept: each head remembers what it scored
+    void memorize(const std::vector<uint32_t> & dst, const laq_kept & kept, const laq_scores & now);
+
+    // those from n_kept on become free
+    void drop(std::vector<uint32_t> & cells, uint32_t n_kept);
+
+    // V of what stays is fitted to the outputs that the queries had; ahead of it all that they see is in the cells `dst`
+    void fit_values(const laq_eviction & e, const std::vector<laq_observation> & obs,
+                    const std::vector<uint32_t> & dst);
 
     // Choose from archived and resident tokens together. false = nothing was changed, evict as without an archive
     bool reselect(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);

@@ -39,6 +39,19 @@ void laq_cache::remember(int32_t seq_id, const std::vector<uint32_t> & order, la
     }
 }
 
+void laq_cache::memorize(const std::vector<uint32_t> & dst, const laq_kept & kept, const laq_scores & now) {
+    for (uint32_t ikv = 0; ikv < now.rows.size(); ++ikv) {
+        const size_t n_row = now.rows[ikv].size() / layers[ikv].n_head_kv;
+        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
+            float *       memory = layers[ikv].memory.data() + (size_t) h * n_cells();
+            const float * row    = now.rows[ikv].data() + h * n_row;
+            for (size_t i = 0; i < dst.size(); ++i) {
+                memory[dst[i]] = row[kept[ikv][h][i]];
+            }
+        }
+    }
+}
+
 laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> & order,
                            const std::vector<uint8_t> & own, const laq_scores & scores) {
     laq_params p  = params_of(e.seq_id);
@@ -96,18 +109,39 @@ static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & or
     return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
 }
 
-static laq_rows rows_of(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order,
-                        const laq_kept & kept) {
+// of the queries that the eviction asks for, those whose outputs are of what the cells hold
+static std::vector<laq_observation> settled(const laq_cache & laq, const laq_eviction & e) {
+    std::vector<laq_observation> res = laq_observations(laq, e);
+    res.erase(std::remove_if(res.begin(), res.end(),
+                             [&](const laq_observation & o) { return o.pos < laq.seqs[e.seq_id].n_settled; }),
+              res.end());
+    return res;
+}
+
+// what is kept, and what was decoded ahead with it where that is asked for
+static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
+                        const laq_kept & kept, bool with_ahead) {
     laq_rows res(kept.size());
     for (uint32_t ikv = 0; ikv < kept.size(); ++ikv) {
         for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
             std::vector<laq_row> & rows = res[ikv].emplace_back();
             for (const uint32_t i : kept[ikv][h]) {
-                rows.push_back({ laq.pos_at(seq_id, ikv, h, order[i]), (int32_t) order[i] });
+                rows.push_back({ laq.pos_at(e.seq_id, ikv, h, order[i]), (int32_t) order[i] });
+            }
+            for (uint32_t i = n_before(laq, order, e.n_end); with_ahead && i < order.size(); ++i) {
+                rows.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
             }
         }
     }
     return res;
+}
+
+void laq_cache::drop(std::vector<uint32_t> & cells, uint32_t n_kept) {
+    for (size_t i = n_kept; i < cells.size(); ++i) {
+        kv->v_cells[0].rm(cells[i]);
+    }
+    cells.resize(n_kept);
+    kv->v_heads[0] = seqs.size() == 1 ? n_kept : 0;
 }
 
 void laq_cache::evict(const laq_eviction & e) {
@@ -146,22 +180,28 @@ void laq_cache::evict(const laq_eviction & e) {
     const laq_kept kept     = select(e, order, own, now);
     const int64_t  t0       = ggml_time_us();
     settle_shared(e.seq_id, order, own);
-    const std::vector<uint32_t> dst = compact(e, order, own, rows_of(*this, e.seq_id, order, kept));
-    for (uint32_t ikv = 0; ikv < now.rows.size() && e.scratch; ++ikv) {
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            float *       memory = layers[ikv].memory.data() + (size_t) h * n_cells();
-            const float * row    = now.rows[ikv].data() + h * order.size();
-            for (size_t i = 0; i < dst.size(); ++i) {
-                memory[dst[i]] = row[kept[ikv][h][i]];
-            }
-        }
+
+    // a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
+    const bool fits =
+        laq_policy_fits(params) && !e.scratch && !now.rows.empty() && !std::count(own.begin(), own.end(), 0);
+    // what is dropped goes after the fit: its queries see it, and it has their outputs
+    const std::vector<laq_observation> obs = fits ? settled(*this, e) : std::vector<laq_observation>();
+    std::vector<uint32_t>              dst = compact(e, order, own, rows_of(*this, e, order, kept, fits));
+    if (e.scratch) {
+        memorize(dst, kept, now);
     }
-    seq.n_intact  = e.n_intact;
-    seq.remembers = e.scratch;
+    seq.n_intact    = e.n_intact;
+    seq.remembers   = e.scratch;
+    const int64_t t = ggml_time_us();
+    if (fits) {
+        fit_values(e, obs, dst);
+        drop(dst, kept[0][0].size());
+    }
+    seq.n_settled = e.n_end;
     seq.ring.forget(e.n_end);
     stats.ms_score += (t_scored - t_begin) / 1000.0;
     stats.ms_select += (t0 - t_scored) / 1000.0;
-    stats.ms_compact += (ggml_time_us() - t0) / 1000.0;
+    stats.ms_compact += (t - t0) / 1000.0;
     ++stats.n_evictions;
 }
 

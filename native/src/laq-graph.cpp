@@ -3,6 +3,7 @@
 #include "laq-graph.h"
 
 #include "laq-cache.h"
+#include "laq-fit.h"
 #include "laq-move.h"
 #include "laq-score.h"
 
@@ -52,25 +53,46 @@ static laq_graph_input * capture_input(laq_cache & laq, const llm_graph_context 
     return (laq_graph_input *) gctx.res->add_input(std::move(input));
 }
 
+static laq_layer * layer_of(laq_cache & laq, int il) {
+    const auto it = std::find_if(laq.layers.begin(), laq.layers.end(), [&](const auto & l) { return l.il == il; });
+    return it == laq.layers.end() ? nullptr : &*it;
+}
+
+ggml_tensor * laq_ring_view(ggml_context * ctx, const laq_layer & layer, bool outputs) {
+    ggml_tensor * ring = layer.ring;
+    return ggml_view_2d(ctx, ring, outputs ? layer.n_ring_out() : layer.n_ring_q(), ring->ne[1], ring->nb[1],
+                        outputs ? layer.n_ring_q() * ring->nb[0] : 0);
+}
+
+// rows: [n_row, n_tokens], of which the last n are captured
+static void capture_rows(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * ring, ggml_tensor * rows,
+                         int64_t n) {
+    ggml_tensor * last = ggml_view_2d(gctx.ctx0, rows, rows->ne[0], n, rows->nb[1], (rows->ne[1] - n) * rows->nb[1]);
+    ggml_build_forward_expand(gctx.gf, ggml_set_rows(gctx.ctx0, ring, last, capture_input(laq, gctx, n)->slots));
+}
+
 void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * kq_b,
                        ggml_tensor * sinks, float kq_scale, int il) {
-    const auto layer = std::find_if(laq.layers.begin(), laq.layers.end(), [&](const auto & l) { return l.il == il; });
-    if (layer == laq.layers.end()) {
+    laq_layer * layer = layer_of(laq, il);
+    if (!layer) {
         return;
     }
     layer->kq_scale = kq_scale;
     layer->sinks    = sinks;
     layer->has_bias = kq_b != nullptr;
 
-    const int64_t n = laq.n_captured(q->ne[2]);
-
     if (q->nb[1] != q->ne[0] * q->nb[0]) {
         q = ggml_cont(gctx.ctx0, q);
     }
-    // [n_embd_head_k*n_head, n]: the last tokens, a row each
-    q = ggml_view_2d(gctx.ctx0, q, q->ne[0] * q->ne[1], n, q->nb[2], (q->ne[2] - n) * q->nb[2]);
+    ggml_tensor * rows = ggml_view_2d(gctx.ctx0, q, q->ne[0] * q->ne[1], q->ne[2], q->nb[2], 0);
+    capture_rows(laq, gctx, laq_ring_view(gctx.ctx0, *layer, false), rows, laq.n_captured(q->ne[2]));
+}
 
-    ggml_build_forward_expand(gctx.gf, ggml_set_rows(gctx.ctx0, layer->ring, q, capture_input(laq, gctx, n)->slots));
+void laq_graph_capture_output(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * out, int il) {
+    const laq_layer * layer = layer_of(laq, il);
+    if (layer && laq.captures_outputs) {
+        capture_rows(laq, gctx, laq_ring_view(gctx.ctx0, *layer, true), out, laq.n_captured(out->ne[1]));
+    }
 }
 
 //
@@ -167,7 +189,7 @@ static score_graph build_score_graph(laq_cache & laq, llm_graph_result & res, in
         const int64_t d     = layer.n_embd_head_k;
         ggml_tensor * cache = laq.k(ikv);
 
-        ggml_tensor * q = ggml_get_rows(ctx, layer.ring, sg.slots);
+        ggml_tensor * q = ggml_get_rows(ctx, laq_ring_view(ctx, layer, false), sg.slots);
         laq_graph_place(sched, q, cache);
         q = ggml_reshape_3d(ctx, q, d, layer.n_head, n_q);
         q = ggml_permute(ctx, q, 0, 2, 1, 3);
@@ -224,6 +246,9 @@ void laq_graph_reserve(laq_cache & laq) {
                         "no memory for the score graph: use a smaller kv_staging, kv_budget or window_size");
     }
     res->reset();
+    if (laq.captures_outputs) {
+        laq_graph_reserve_fit(laq);
+    }
 }
 
 // Of queries below n_intact the mask would not be exact: the heads hold different tokens there, and the cell table names

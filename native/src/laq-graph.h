@@ -7,6 +7,8 @@
 
 #include <string>
 
+struct laq_layer;
+
 // the device of a buffer; the CPU's buffer type names none
 ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
 
@@ -16,6 +18,9 @@ void laq_set_threads(ggml_backend_t backend, int n_threads);
 // Run a node where a tensor of the cache is. Comes after ggml_backend_sched_reset(): by itself the scheduler goes on with
 // the device of the node before, which is another one where layers are split.
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
+
+// the queries in the ring of a layer, or the outputs: F16 [n_row, n_slots]
+ggml_tensor * laq_ring_view(ggml_context * ctx, const laq_layer & layer, bool outputs);
 
 // in words: whether a device has the fused kernel for keys of a type and a head size
 std::string laq_what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_k, int64_t n_embd_head);

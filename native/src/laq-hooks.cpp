@@ -46,6 +46,7 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
             case removal::ALL: laq.reset(s); break;
             case removal::SUFFIX:
                 seq.ring.forget(p0);
+                seq.n_settled = std::min(seq.n_settled, p0);
                 seq.remembers = false;
                 if (laq.recall) {
                     laq.recall->archive.forget(p0);

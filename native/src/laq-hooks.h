@@ -17,6 +17,10 @@ class llama_io_write_i;
 void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * kq_b,
                        ggml_tensor * sinks, float kq_scale, int il);
 
+// llm_graph_context::build_attn_mha: the same for what attention gives, where values are fitted
+//   out: [n_embd_head_v*n_head, n_tokens]
+void laq_graph_capture_output(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * out, int il);
+
 // llama_kv_cache::clear: everything is gone
 void laq_kv_clear(laq_cache & laq);
 

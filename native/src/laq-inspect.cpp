@@ -52,9 +52,9 @@ laq_status laq_get_queries(const laq_cache * laq, uint32_t ikv, int32_t * pos, f
         const uint64_t n_row = (uint64_t) layer.n_head * layer.n_embd_head_k;
         laq_check(n == held.size() * n_row, "dst needs n_queries*n_head*n_embd_head_k elements");
         for (const int32_t p : held) {
-            *pos++ = p;
-            ggml_backend_tensor_get(layer.ring, dst, ring.slot_of(p) * layer.ring->nb[1], n_row * sizeof(float));
-            dst += n_row;
+            *pos++                       = p;
+            const std::vector<float> row = laq->query(ikv, ring.slot_of(p));
+            dst                          = std::copy(row.begin(), row.end(), dst);
         }
     });
 }

@@ -190,6 +190,12 @@ bool laq_policy_scores(const laq_params & params) {
     return laq_policy_needs_queries(params) || params.draft == LAQ_DRAFT_SNAPKV;
 }
 
+bool laq_policy_fits(const laq_params & params) {
+    // a draft's outputs are those of the small cache, newlines say nothing, and what an archive holds comes back as it was
+    return params.policy == LAQ_POLICY_LAQ_PP && params.value_fit > 0.0f && params.draft == LAQ_DRAFT_FULL &&
+           params.lookahead != LAQ_LOOKAHEAD_POSITION && !params.archive;
+}
+
 uint32_t laq_policy_message(const laq_params & params) {
     const int64_t n_room = (int64_t) params.n_kv_budget - laq_policy_n_pinned(params) + laq_policy_window(params);
     return std::clamp<int64_t>(std::min(params.n_window_snapkv, params.n_kv_budget / 4), 0,

@@ -68,6 +68,9 @@ bool laq_policy_needs_lookahead(const laq_params & params);
 // whether keys are ever scored: by the policy or by its draft
 bool laq_policy_scores(const laq_params & params);
 
+// whether values of what stays are fitted: not those of the methods that laq++ is compared with
+bool laq_policy_fits(const laq_params & params);
+
 // Most tokens at the end of a message that select by their own queries and are read again: SnapKV's window, but a quarter
 // of the budget at most, and no more than the budget holds beside what is pinned
 uint32_t laq_policy_message(const laq_params & params);

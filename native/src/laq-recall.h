@@ -36,3 +36,10 @@ struct laq_recall_state {
 
 // Archive the tokens that every head holds so far and that an eviction lets go. What finds no memory is lost.
 void laq_archive_leaving(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order);
+
+// n values of one type as values of another
+void laq_convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n);
+
+// K (part 0) or V (part 1) of a layer in the cache, and how many values a head of it has
+const ggml_tensor * laq_part_of(const laq_cache & laq, uint32_t ikv, int part);
+int64_t             laq_n_embd_of(const laq_cache & laq, uint32_t ikv, int part);

@@ -12,7 +12,7 @@
 #include <utility>
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 4;
+static constexpr uint32_t STATE_VERSION = 5;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -102,6 +102,7 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         const laq_seq & seq = laq.seqs[s];
         put<uint32_t>(io, laq.n_resident(s));
         put(io, seq.n_intact);
+        put(io, seq.n_settled);
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
@@ -166,21 +167,28 @@ static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & s
     saved.ring_pos.resize(ring.pos.size());
     io.read(saved.ring_pos.data(), saved.ring_pos.size() * sizeof(int32_t));
 
-    std::vector<uint8_t> skipped;
+    std::vector<uint8_t> row;
     for (const laq_layer & layer : laq.layers) {
-        const size_t size = layer.ring->nb[1];
-        if (get<uint32_t>(io) != size) {
+        const size_t size  = layer.ring->nb[1];
+        const size_t n_q   = layer.n_ring_q() * sizeof(ggml_fp16_t);
+        const size_t n_row = get<uint32_t>(io);
+        // outputs are there or not, as value_fit and kv_recall had it
+        if (n_row != size && n_row != n_q && n_row != n_q + layer.n_ring_out() * sizeof(ggml_fp16_t)) {
             refuse("another model");
         }
+        saved.has_outputs = n_row == size;
+        row.resize(n_row);
         for (size_t i = 0; i < saved.ring_pos.size(); ++i) {
             if (saved.ring_pos[i] < 0) {
                 continue;
             }
-            if (laq.keep_rings) {
-                skipped.resize(size);
-                io.read(skipped.data(), size);
-            } else {
+            if (n_row == size && !laq.keep_rings) {
                 io.read_tensor(layer.ring, (ring.first + i) * size, size);
+                continue;
+            }
+            io.read(row.data(), n_row);
+            if (!laq.keep_rings) {
+                ggml_backend_tensor_set(layer.ring, row.data(), (ring.first + i) * size, n_q);
             }
         }
     }
@@ -244,7 +252,8 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
             refuse(std::to_string(s.n_resident) + " cells, but there are " + std::to_string(laq.n_cells()) +
                    ": raise kv_budget or kv_staging");
         }
-        s.n_intact = get<int32_t>(io);
+        s.n_intact  = get<int32_t>(io);
+        s.n_settled = get<int32_t>(io);
 
         const int32_t n_prompt = get<int32_t>(io);
         if (n_prompt >= 0) {
@@ -277,6 +286,7 @@ void laq_kv_state_done(laq_cache & laq) {
         }
         laq_seq & seq = laq.seqs[saved.seq_id];
         seq.n_intact  = saved.n_intact;
+        seq.n_settled = saved.has_outputs ? saved.n_settled : laq.n_tokens(saved.seq_id);
         seq.pending   = saved.pending;
         seq.remembers = saved.remembers;
         if (!laq.keep_rings) {

@@ -272,7 +272,7 @@ def test_no_room_at_all(tiny_gguf: Callable[..., Path], monkeypatch: pytest.Monk
     with pytest.raises(LaqArgumentError, match="XDG_CACHE_HOME"):
         open_llama(path, **{**SETTINGS, "kv_recall": "disk"})
     llm = open_llama(path, kv_recall_limit=0, **SETTINGS)
-    plain = open_llama(path, kv_budget=64, kv_staging=192)
+    plain = open_llama(path, kv_budget=64, kv_staging=192, value_fit=0)
     prompt = turn(llm, [], 1, 400)
     stats = llm.kv_stats()
     assert stats.n_archived == stats.archive_bytes == stats.archive_file_bytes == 0
@@ -323,3 +323,8 @@ def test_a_session_says_whether_it_carries_the_archive(
     assert less.kv_stats().n_lost == (llm.kv_stats().n_intact - kept) * n_rows
     assert turn(same, prompt, 2) == turn(llm, prompt, 2)
     assert len(turn(less, prompt, 2)) == len(prompt) + 72
+    # there values are fitted to outputs, which the state has not
+    plain = open_llama(path, kv_budget=64, kv_staging=192)
+    plain.load_session(tmp_path / "without")
+    assert len(turn(plain, prompt, 2)) == len(prompt) + 72
+    assert plain.kv_stats().ms_fit > 0

@@ -23,6 +23,7 @@ def caches(draw):
         window_size=window,
         snapkv_window=window,
         n_sink=N_SINK,
+        value_fit=0,
         pinned=draw(st.sampled_from([(), ((8, 11),), ((2, 5), (7, 9))])),
         probe_size=draw(st.integers(1, 10)),
         chunk_size=draw(st.sampled_from([0, 1, 7])),

@@ -21,6 +21,7 @@ def row(k: list[float], q: list[float]) -> Tokens:
 def narrow(n_cells: int, budget: int, **params) -> KVCache:
     """One layer, one head, d = 1, scale 1; one sink, a window, a probe and a lookahead of one."""
     small = {"lookahead_size": 1, "window_size": 1, "snapkv_window": 1, "n_sink": 1}
+    small["value_fit"] = 0
     made = PolicyParams(**{"budget": budget, "pooling": "none", "probe_size": 1, **small, **params})
     one = {"n_layer": 1, "n_head": 1, "n_head_kv": 1, "n_embd_head": 1, "scale": 1.0}
     return KVCache(made, **one, n_cells=n_cells, n_batch=2)

@@ -46,6 +46,10 @@ def never() -> int:
         ("snapkv_window", 0, "snapkv_window must be from 1"),
         ("kernel_size", 4, "kernel_size must be odd"),
         ("follow_size", -1, "follow_size must be from 0 to"),
+        ("value_fit", -0.5, "value_fit must be a finite number of at least 0, got -0.5"),
+        ("value_fit", float("nan"), "value_fit must be a finite number"),
+        ("value_fit", "0.1", "value_fit must be a finite number of at least 0, got '0.1'"),
+        ("value_fit", True, "value_fit must be a finite number"),
         ("probe_size", 0, "probe_size must be from 1 to"),
         ("probe_size", 48.0, "probe_size must be an int of at least 1, got 48.0"),
         ("chunk_size", -1, "chunk_size must be from 0 to"),
@@ -334,7 +338,8 @@ def test_every_setting_arrives_in_the_native_struct(native: Native) -> None:
     config = LaqConfig(
         kv_policy="snapkv", lookahead="pseudo", lookahead_size=5, window_size=9, n_sink=2,
         pinned=[(7, 9), (20, 21)], snapkv_window=17, kernel_size=3, pooling="avg",
-        follow_size=6, draft="snapkv", score_kernel="composed", probe_size=33, chunk_size=44,
+        follow_size=6, value_fit=0.25, draft="snapkv", score_kernel="composed", probe_size=33,
+        chunk_size=44,
     )  # fmt: skip
     params, spans = config.to_native(native, budget=99, n_ctx=8000, seed=-1)
     lib = native.lib
@@ -344,7 +349,7 @@ def test_every_setting_arrives_in_the_native_struct(native: Native) -> None:
     assert params.score_kernel == lib.LAQ_SCORE_KERNEL_COMPOSED
     assert (params.n_kv_budget, params.n_lookahead, params.n_window) == (99, 5, 9)
     assert (params.n_window_snapkv, params.n_sink, params.n_kernel) == (17, 2, 3)
-    assert params.n_follow == 6
+    assert (params.n_follow, params.value_fit) == (6, 0.25)
     assert (params.n_ctx, params.n_probe, params.n_chunk) == (8000, 33, 44)
     assert params.seed == 0xFFFFFFFF
     assert params.n_pinned == 2

@@ -1,0 +1,410 @@
+// The choice from archived and resident tokens together, and what comes back to the cells.
+
+#include "laq-recall.h"
+
+#include "laq-move.h"
+
+#include "ggml-backend.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+namespace {
+
+// one part of a layer in the blocks of the archive: where each begins
+struct archive_part {
+    std::vector<std::vector<uint8_t>> from_file;
+    std::vector<const uint8_t *>      base;
+
+    // false: a block was lost
+    bool read(laq_archive & archive, uint32_t ikv, int part, const std::vector<uint8_t> & wanted) {
+        from_file.resize(wanted.size());
+        base.assign(wanted.size(), nullptr);
+        for (uint32_t i = 0; i < wanted.size(); ++i) {
+            if (wanted[i] && !(base[i] = archive.part(i, ikv, part, from_file[i]))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    const uint8_t * row(uint32_t head, int32_t pos, size_t size) const {
+        const int32_t n = laq_archive::N_BLOCK;
+        return base[pos / n] + ((size_t) head * n + pos % n) * size;
+    }
+};
+
+// the archived rows that come back to one layer: K and V of each head, in the cache's type and in order of position
+struct recalled_layer {
+    std::vector<std::vector<uint8_t>> bytes[2];
+};
+
+// what the keys of a layer are scored by
+struct layer_queries {
+    std::vector<float> queries;  // [n_head][n_q][n_embd_head]
+    std::vector<float> sinks;    // [n_head], or empty
+
+    layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs);
+};
+
+// a re-selection while it is made
+struct reselection {
+    laq_cache &                          laq;
+    const laq_eviction &                 e;
+    const std::vector<uint32_t> &        order;
+    const std::vector<laq_observation> & obs;
+
+    laq_params           params;
+    std::vector<int32_t> archived;
+    std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
+    std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
+    std::vector<int32_t> masked;
+    uint64_t             mask_id = 0;
+    size_t               n_same  = 0;  // of the rows selected in the first layers, those that are resident
+    size_t               n_all   = 0;
+
+    laq_rows                        rows;
+    std::vector<recalled_layer>     recalled;
+    std::vector<std::vector<float>> scores;      // per layer: those of its heads, one after the other
+    laq_rows                        candidates;  // while debugging
+
+    enum class result { DONE, SAME, LOST };
+
+    reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
+                const std::vector<laq_observation> & obs) :
+        laq(laq), e(e), order(order), obs(obs), params(laq.params_of(e.seq_id)) {}
+
+    result run();
+    void   keep_scores() const;
+
+  private:
+    uint32_t             n_kept() const;
+    std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
+    void        gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const archive_part & keys,
+                       const laq_cell_rows & cells, uint8_t * dst) const;
+    void        set_mask(const std::vector<laq_row> & rows);
+    laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
+    void        choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool        fetch(uint32_t ikv, const archive_part & keys);
+    result      run_layer(uint32_t ikv);
+};
+
+// tokens that every head can hold, at most what the eviction asks for
+uint32_t reselection::n_kept() const {
+    uint32_t n_own = 0;
+    for (const uint32_t cell : order) {
+        n_own += laq.cells().pos_get(cell) < e.n_end;
+    }
+    uint32_t n_least = UINT32_MAX;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+            uint32_t n_both = 0;
+            for (const uint32_t cell : order) {
+                n_both += laq.recall->archive.has(laq.pos_at(e.seq_id, ikv, h, cell));
+            }
+            n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
+        }
+    }
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size();
+    return std::min({ e.n_keep, n_least, n_room });
+}
+
+// what a head may choose from, and pseudo tokens: in order of position
+std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const {
+    std::vector<laq_row> res;
+    res.reserve(archived.size() + order.size());
+    auto next = archived.begin();
+    for (const uint32_t cell : order) {
+        const int32_t pos = laq.pos_at(e.seq_id, ikv, h, cell);
+        for (; next != archived.end() && *next < pos; ++next) {
+            res.push_back({ *next, -1 });
+        }
+        next += next != archived.end() && *next == pos;
+        res.push_back({ pos, (int32_t) cell });
+    }
+    for (; next != archived.end(); ++next) {
+        res.push_back({ *next, -1 });
+    }
+    return res;
+}
+
+// the keys of some rows of a head
+void reselection::gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h,
+                         const archive_part & keys, const laq_cell_rows & cells, uint8_t * dst) const {
+    const ggml_type type     = laq.recall->key_type(laq);
+    const ggml_type archived = laq.recall->type[0];
+    const int64_t   n        = laq_n_embd_of(laq, ikv, 0);
+    const size_t    n_row    = ggml_row_size(type, n);
+    const size_t    n_there  = ggml_row_size(archived, n);
+
+    for (const laq_row *row = first, *end; row < last; dst += (end - row) * n_row, row = end) {
+        end = row + 1;
+        if (row->cell >= 0) {
+            laq_convert(laq.k(ikv)->type, cells.at(h, row->cell), type, dst, n);
+            continue;
+        }
+        // what follows it in its block lies behind it
+        while (end < last && end->cell < 0 && end->pos == end[-1].pos + 1 && end->pos % laq_archive::N_BLOCK != 0) {
+            ++end;
+        }
+        laq_convert(archived, keys.row(h, row->pos, n_there), type, dst, n * (end - row));
+    }
+}
+
+// a query sees up to its own position; archived tokens are before all queries
+void reselection::set_mask(const std::vector<laq_row> & of_head) {
+    const size_t n    = of_head.size();
+    const auto   same = [&](int32_t p, const laq_row & row) { return p == row.pos; };
+    if (masked.size() == n && std::equal(masked.begin(), masked.end(), of_head.begin(), same)) {
+        return;
+    }
+    mask_id = laq.recall->scorer.next_mask();
+    masked.clear();
+    for (const laq_row & row : of_head) {
+        masked.push_back(row.pos);
+    }
+    mask.assign(obs.size() * n, 0.0f);
+    for (size_t j = 0; j < obs.size(); ++j) {
+        const auto end = std::upper_bound(masked.begin(), masked.end(), obs[j].pos);
+        std::fill(mask.begin() + j * n + (end - masked.begin()), mask.begin() + (j + 1) * n, -INFINITY);
+    }
+}
+
+laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
+                               const layer_queries & by) const {
+    const laq_layer & layer   = laq.layers[ikv];
+    const int64_t     n_group = layer.n_head / layer.n_head_kv;
+
+    laq_head_op op;
+    op.type        = laq.recall->key_type(laq);
+    op.n_embd_head = layer.n_embd_head_k;
+    op.n_group     = n_group;
+    op.n_q         = obs.size();
+    op.n_kv        = of_head.size();
+    op.q           = by.queries.data() + h * n_group * op.n_q * op.n_embd_head;
+    op.mask        = mask.data();
+    op.mask_id     = mask_id;
+    op.sinks       = by.sinks.empty() ? nullptr : by.sinks.data() + h * n_group;
+    op.scale       = layer.kq_scale;
+    op.softcap     = layer.softcap;
+    return op;
+}
+
+void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
+    std::vector<int32_t> pos;
+    for (const laq_row & row : of_head) {
+        if (row.pos < e.n_end) {
+            pos.push_back(row.pos);
+        }
+    }
+    std::vector<laq_row> & chosen = rows[ikv].emplace_back();
+    for (const uint32_t i : laq_keep_of_head(params, ikv, h, { pos.data(), s, (uint32_t) pos.size(), e.n_intact }, 0)) {
+        chosen.push_back(of_head[i]);
+        n_same += of_head[i].cell >= 0;
+        ++n_all;
+    }
+}
+
+// false: a block was lost
+bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
+    laq_archive &        archive = laq.recall->archive;
+    std::vector<uint8_t> wanted(archive.n_blocks());
+    for (const std::vector<laq_row> & of_head : rows[ikv]) {
+        for (const laq_row & row : of_head) {
+            if (row.cell < 0) {
+                wanted[row.pos / laq_archive::N_BLOCK] = 1;
+            }
+        }
+    }
+    archive_part values;
+    if (!values.read(archive, ikv, 1, wanted)) {
+        return false;
+    }
+    for (int part = 0; part < 2; ++part) {
+        const archive_part & from  = part == 0 ? keys : values;
+        const ggml_type      type  = laq_part_of(laq, ikv, part)->type;
+        const ggml_type      there = laq.recall->type[part];
+        const int64_t        n     = laq_n_embd_of(laq, ikv, part);
+        const size_t         n_row = ggml_row_size(type, n);
+        for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
+            std::vector<uint8_t> & dst = recalled[ikv].bytes[part].emplace_back();
+            for (const laq_row & row : rows[ikv][h]) {
+                if (row.cell < 0) {
+                    dst.resize(dst.size() + n_row);
+                    laq_convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type,
+                                dst.data() + dst.size() - n_row, n);
+                }
+            }
+        }
+    }
+    return true;
+}
+
+layer_queries::layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) :
+    queries(obs.size() * laq.layers[ikv].n_ring_q()), sinks(laq.layers[ikv].sinks ? laq.layers[ikv].n_head : 0) {
+    const laq_layer & layer = laq.layers[ikv];
+    const size_t      d     = layer.n_embd_head_k;
+    for (size_t j = 0; j < obs.size(); ++j) {
+        const std::vector<float> row = laq.query(ikv, obs[j].slot);
+        for (uint32_t h = 0; h < layer.n_head; ++h) {
+            std::copy_n(row.data() + h * d, d, queries.data() + (h * obs.size() + j) * d);
+        }
+    }
+    if (layer.sinks) {
+        ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, sinks.size() * sizeof(float));
+    }
+}
+
+reselection::result reselection::run_layer(uint32_t ikv) {
+    archive_part keys;
+    if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
+        return result::LOST;
+    }
+    const laq_cell_rows  cells(laq, ikv, false, 0, laq.cells().used_max_p1());
+    const layer_queries  by(laq, ikv, obs);
+    std::vector<uint8_t> gathered;
+    for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+        std::vector<laq_row> of_head = candidates_of(ikv, h);
+        set_mask(of_head);
+        const size_t begin = scores[ikv].size();
+        scores[ikv].resize(begin + of_head.size());
+
+        laq_head_op  op    = op_of(of_head, ikv, h, by);
+        const size_t n_row = ggml_row_size(op.type, op.n_embd_head);
+        gathered.resize(of_head.size() * n_row);
+        op.k    = gathered.data();
+        op.fill = [&](int64_t i0, int64_t i1) {
+            gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered.data() + i0 * n_row);
+        };
+        laq.recall->scorer.score(ikv, op, scores[ikv].data() + begin);
+        choose(of_head, scores[ikv].data() + begin, ikv, h);
+        if (laq.debug) {
+            candidates[ikv].push_back(std::move(of_head));
+        }
+    }
+    if (ikv + 1 == std::min<uint32_t>(LAQ_RECALL_LAYERS, laq.layers.size()) &&
+        n_all - n_same < LAQ_RECALL_NEW * n_all) {
+        return result::SAME;
+    }
+    return fetch(ikv, keys) ? result::DONE : result::LOST;
+}
+
+reselection::result reselection::run() {
+    archived = laq.recall->archive.positions();
+    blocks.assign(laq.recall->archive.n_blocks(), 0);
+    for (const int32_t pos : archived) {
+        blocks[pos / laq_archive::N_BLOCK] = 1;
+    }
+    params.n_kv_budget = n_kept();
+    const size_t n     = laq.layers.size();
+    n_same = n_all = 0;
+    masked.clear();
+    rows.assign(n, {});
+    recalled.assign(n, {});
+    scores.assign(n, {});
+    candidates.assign(n, {});
+    for (uint32_t ikv = 0; ikv < n; ++ikv) {
+        const result res = run_layer(ikv);
+        if (res != result::DONE) {
+            return res;
+        }
+    }
+    return result::DONE;
+}
+
+// one column for each token that some head could choose
+void reselection::keep_scores() const {
+    std::set<int32_t> all;
+    for (const auto & layer : candidates) {
+        for (const auto & of_head : layer) {
+            for (const laq_row & row : of_head) {
+                all.insert(row.pos);
+            }
+        }
+    }
+    const std::vector<int32_t> pos(all.begin(), all.end());
+    laq.scores.clear();
+    for (uint32_t ikv = 0; ikv < candidates.size(); ++ikv) {
+        std::vector<float> & dst = laq.scores.emplace_back(candidates[ikv].size() * pos.size());
+        size_t               i   = 0;
+        for (uint32_t h = 0; h < candidates[ikv].size(); ++h) {
+            for (const laq_row & row : candidates[ikv][h]) {
+                const size_t at = std::lower_bound(pos.begin(), pos.end(), row.pos) - pos.begin();
+
+                dst[h * pos.size() + at] = scores[ikv][i++];
+            }
+        }
+    }
+}
+
+// the rows that come back go to the cells that were prepared for them
+void upload(laq_cache & laq, const std::vector<uint32_t> & dst, const reselection & s) {
+    std::vector<uint32_t> cells;
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (int part = 0; part < 2; ++part) {
+            laq_cell_rows view(laq, ikv, part == 1, 0, dst.back() + 1);
+            uint64_t      n_bytes = 0;
+            for (uint32_t h = 0; h < s.rows[ikv].size(); ++h) {
+                cells.clear();
+                for (size_t i = 0; i < dst.size(); ++i) {
+                    if (s.rows[ikv][h][i].cell < 0) {
+                        cells.push_back(dst[i]);
+                    }
+                }
+                view.set(h, cells, s.recalled[ikv].bytes[part][h].data());
+                n_bytes += s.recalled[ikv].bytes[part][h].size();
+                laq.stats.n_recalled += part == 0 ? cells.size() : 0;
+            }
+            if (n_bytes > 0) {
+                view.write();
+                laq.stats.bytes_up += view.n_transferred ? view.n_transferred : n_bytes;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
+                         const std::vector<uint8_t> & own) {
+    if (std::count(own.begin(), own.end(), 0) > 0) {
+        LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
+                       __func__);
+        return false;
+    }
+    const std::vector<laq_observation> obs = laq_observations(*this, e);
+    if (obs.empty()) {
+        return false;
+    }
+    const int64_t t0 = ggml_time_us();
+    ctx->synchronize();
+
+    reselection s(*this, e, order, obs);
+    auto        res = s.run();
+    // a block of the file that is lost is no longer there to be chosen from
+    while (res == reselection::result::LOST) {
+        res = s.run();
+    }
+    if (res == reselection::result::SAME) {
+        ++stats.n_recalls_skipped;
+    } else {
+        if (debug) {
+            s.keep_scores();
+        }
+        const std::vector<uint32_t> dst = compact(e, order, own, s.rows);
+        if (!dst.empty()) {
+            upload(*this, dst, s);
+        }
+        laq_seq & seq = seqs[e.seq_id];
+        seq.n_intact  = e.n_intact;
+        seq.n_settled = e.n_end;
+        seq.remembers = false;
+        seq.ring.forget(e.n_end);
+        ++stats.n_recalls;
+        ++stats.n_evictions;
+    }
+    stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+    return res == reselection::result::DONE;
+}
