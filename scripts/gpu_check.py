@@ -49,7 +49,7 @@ RESULTS = ROOT / "laq_gguf" / "bench" / "results"
 BACKENDS = {"cuda": "CUDA", "vulkan": "Vulkan", "metal": "MTL", "cpu": "CPU"}
 TESTS = ("tests/parity", "tests/integration/test_eviction.py",
          "tests/integration/test_recall.py", "tests/integration/test_sequences.py",
-         "tests/integration/test_state.py")  # fmt: skip
+         "tests/integration/test_state.py", "tests/integration/test_values.py")  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "linux_x86_64")  # fmt: skip
 #: an op of `perf`, its parameters, microseconds a run and GB/s
