@@ -102,7 +102,7 @@ struct fit_graph {
     ggml_tensor * observed(const laq_layer & layer, bool outputs) const {
         ggml_tensor * rows = ggml_get_rows(ctx, laq_ring_view(ctx, layer, outputs), slots);
         rows               = ggml_reshape_3d(ctx, rows, rows->ne[0] / layer.n_head, layer.n_head, rows->ne[1]);
-        return ggml_cont(ctx, ggml_permute(ctx, rows, 0, 2, 1, 3));
+        return ggml_permute(ctx, rows, 0, 2, 1, 3);
     }
 
     // attention to the cells: [n, m, n_head_kv]
@@ -111,17 +111,8 @@ struct fit_graph {
 
         ggml_tensor * keys =
             ggml_reshape_3d(ctx, ggml_get_rows(ctx, k, cells), layer.n_embd_head_k, layer.n_head_kv, n);
-        ggml_tensor * kq = ggml_mul_mat(ctx, ggml_permute(ctx, keys, 0, 2, 1, 3), observed(layer, false));
-        ggml_prec_set_acc(kq, GGML_PREC_F32);
-
-        float scale = layer.kq_scale;
-        if (layer.softcap != 0.0f) {
-            kq    = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / layer.softcap)), layer.softcap);
-            scale = 1.0f;
-        }
-        kq = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
-        ggml_soft_max_add_sinks(kq, layer.sinks);
-        return ggml_reshape_3d(ctx, kq, n, kq->ne[1] * kq->ne[2] / layer.n_head_kv, layer.n_head_kv);
+        return laq_attention(ctx, observed(layer, false), ggml_permute(ctx, keys, 0, 2, 1, 3), mask, layer.sinks,
+                             layer.kq_scale, layer.softcap);
     }
 };
 
@@ -166,7 +157,7 @@ static void add_layer(laq_cache & laq, fit_graph & fg, uint32_t ikv, int64_t n_f
     ggml_tensor * by_head = ggml_permute(ctx, ggml_reshape_3d(ctx, values, d, n_h, n), 1, 2, 0, 3);
     ggml_tensor * pv      = ggml_mul_mat(ctx, ggml_cont(ctx, by_head), p);  // [d, m, n_head_kv]
     ggml_prec_set_acc(pv, GGML_PREC_F32);
-    ggml_tensor * out = ggml_reshape_3d(ctx, fg.observed(layer, true), d, p->ne[1], n_h);
+    ggml_tensor * out = ggml_reshape_3d(ctx, ggml_cont(ctx, fg.observed(layer, true)), d, p->ne[1], n_h);
 
     ggml_tensor * args[] = { g, ggml_sub(ctx, out, pv) };
     ggml_tensor * z = ggml_custom_4d(ctx, GGML_TYPE_F32, p->ne[1], d, n_h, 1, args, 2, solve_heads, GGML_N_TASKS_MAX,
@@ -253,18 +244,15 @@ static void set_inputs(const laq_cache & laq, const laq_eviction & e, const std:
 
 void laq_cache::fit_values(const laq_eviction & e, const std::vector<laq_observation> & obs,
                            const std::vector<uint32_t> & dst) {
-    // of more queries than were reserved for, the last ones
-    const size_t                       n_q = std::min(obs.size(), scratch.pos.size());
-    const std::vector<laq_observation> last(obs.end() - n_q, obs.end());
-    if (last.empty()) {
+    if (obs.empty()) {
         return;
     }
     const int64_t        t0    = ggml_time_us();
     ggml_backend_sched_t sched = ctx->get_sched();
     llm_graph_result *   res   = ctx->get_gf_res_reserve();
-    const fit_graph      fg    = build_fit_graph(*this, *res, dst.size(), dst.back() + 1, n_q);
+    const fit_graph      fg    = build_fit_graph(*this, *res, dst.size(), dst.back() + 1, obs.size());
     if (ggml_backend_sched_alloc_graph(sched, fg.gf)) {
-        set_inputs(*this, e, last, dst, fg);
+        set_inputs(*this, e, obs, dst, fg);
         // a layer whose values were not reached keeps them: the eviction itself is done
         if (ctx->graph_compute(fg.gf, true) != GGML_STATUS_SUCCESS) {
             LLAMA_LOG_WARN("%s: the graph was aborted or failed: not all values are fitted\n", __func__);

@@ -141,12 +141,10 @@ bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_k
     return supported && kernel != LAQ_SCORE_KERNEL_COMPOSED;
 }
 
-ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
-                                 ggml_tensor * sinks, float scale, float softcap) {
+ggml_tensor * laq_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+                            ggml_tensor * sinks, float scale, float softcap) {
     const int64_t n_kv      = k->ne[1];
     const int64_t n_head_kv = k->ne[2];
-    const int64_t n_rows    = q->ne[1] * q->ne[2] / n_head_kv;
-    const int64_t n_group   = q->ne[2] / n_head_kv;
 
     ggml_tensor * kq = ggml_mul_mat(ctx, k, ggml_cont(ctx, q));  // [n_kv, n_q, n_head]
     ggml_prec_set_acc(kq, GGML_PREC_F32);
@@ -158,10 +156,19 @@ ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tenso
     kq = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
     ggml_soft_max_add_sinks(kq, sinks);
 
-    // the heads of a group lie next to each other: [n_kv, n_rows, n_head_kv] -> sum over the rows
-    kq = ggml_reshape_3d(ctx, kq, n_kv, n_rows, n_head_kv);
-    kq = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
-    return ggml_reshape_2d(ctx, ggml_scale(ctx, kq, 1.0f / (float) n_group), n_kv, n_head_kv);
+    // the heads of a group lie next to each other
+    return ggml_reshape_3d(ctx, kq, n_kv, q->ne[1] * q->ne[2] / n_head_kv, n_head_kv);
+}
+
+ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+                                 ggml_tensor * sinks, float scale, float softcap) {
+    const int64_t n_head_kv = k->ne[2];
+    const int64_t n_group   = q->ne[2] / n_head_kv;
+
+    // sum over the rows
+    ggml_tensor * kq = laq_attention(ctx, q, k, mask, sinks, scale, softcap);
+    kq               = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, kq)));
+    return ggml_reshape_2d(ctx, ggml_scale(ctx, kq, 1.0f / (float) n_group), k->ne[1], n_head_kv);
 }
 
 // inputs and outputs of a score graph

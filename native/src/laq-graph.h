@@ -28,6 +28,10 @@ std::string laq_what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_
 // Whether the fused op runs where the keys are. Throws laq_error if it was asked for and does not.
 bool laq_score_fused(const ggml_tensor * op, ggml_backend_dev_t dev, laq_score_kernel kernel);
 
+// attention of queries [d, n_q, n_head] to keys [d, n_kv, n_head_kv], the rows of a group together: [n_kv, n_rows, n_head_kv]
+ggml_tensor * laq_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
+                            ggml_tensor * sinks, float scale, float softcap);
+
 // ggml_laq_score() from existing ops, for backends without the kernel; stores the probabilities of all queries
 ggml_tensor * laq_score_composed(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask,
                                  ggml_tensor * sinks, float scale, float softcap);

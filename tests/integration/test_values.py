@@ -14,6 +14,7 @@ from integration.needles import make_needle
 from laq_gguf.bench.metrics import kl_divergence
 from laq_gguf.errors import LaqNativeError
 from parity.rows import ggml_type
+from parity.test_evict import Inspector
 from property.native_cache import Rows
 
 MADE: dict[str, Any] = {
@@ -109,7 +110,7 @@ def test_a_state_goes_on_with_its_values(tiny_gguf: Callable[..., Path]) -> None
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_the_answer_is_nearer_to_the_full_caches(smollm2: Path) -> None:
+def test_the_answer_is_nearer_to_the_full_caches(smollm2: Path, native: Any) -> None:
     """The next 24 tokens' distributions after a needle prompt, the lookahead's 8 and behind."""
     settings = {"n_ctx": 2048, "n_batch": 512, "kv_budget": 96, "kv_staging": 2048}
     needle = make_needle(3, 800)
@@ -128,15 +129,8 @@ def test_the_answer_is_nearer_to_the_full_caches(smollm2: Path) -> None:
         rows = []
         for token in answer[:24]:
             llm.eval([token])
-            rows.append(last_logits(llm))
+            rows.append(Inspector(llm, native).logits())
         logits[name] = np.stack(rows)
     plain, fitted = (kl_divergence(logits["full"], logits[n]) for n in ("plain", "fitted"))
     assert fitted[:8].mean() < 0.5 * plain[:8].mean()
     assert fitted[8:].mean() < plain[8:].mean()
-
-
-def last_logits(llm: Any) -> np.ndarray:
-    import llama_cpp
-
-    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
