@@ -41,20 +41,17 @@ from laq_gguf.config import round_cells
 # each turn chooses from the full cache, as if nothing had ever left it: what recall can reach
 FROM_FULL = "laq++-from-full"
 FILE = Path("multiturn") / "squad_multiturn.jsonl"
+PSEUDO: dict[str, Any] = {"kv_policy": "laq++", "lookahead": "pseudo"}
+RECALL = {**PSEUDO, "kv_recall": "ram"}
 # keyword arguments of laq_gguf.Llama, beside kv_budget
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "laq++-deferred": {"kv_policy": "laq++", "lookahead": "deferred"},
-    "laq++-pseudo": {"kv_policy": "laq++", "lookahead": "pseudo"},
-    "laq++-recall": {"kv_policy": "laq++", "lookahead": "pseudo", "kv_recall": "ram"},
-    "laq++-recall-0": {
-        "kv_policy": "laq++",
-        "lookahead": "pseudo",
-        "kv_recall": "ram",
-        "recall_rounds": 0,
-    },
+    "laq++-pseudo": PSEUDO,
+    "laq++-recall": RECALL,
+    "laq++-recall-0": {**RECALL, "recall_rounds": 0},
     "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
-    FROM_FULL: {"kv_policy": "laq++", "lookahead": "pseudo"},
+    FROM_FULL: PSEUDO,
     "snapkv": {"kv_policy": "snapkv"},
     "streaming": {"kv_policy": "streaming"},
 }
