@@ -8,6 +8,7 @@
 //   R [m][d_v]  what the model's own attention gave, less P V
 //   V += X^T (X X^T + ridge I)^-1 R
 // It is composed of existing operations, so that it runs where K and V are; the small systems are solved by the host.
+// Sums over tokens are fast in whole vectors: after the n tokens come a few more, with no attention to them.
 
 #include "laq-fit.h"
 
@@ -88,9 +89,12 @@ static void solve_heads(ggml_tensor * dst, int ith, int nth, void * ridge) {
 
 namespace {
 
+constexpr int64_t N_VECTOR = 16;  // floats of the longest vector
+
 struct fit_graph {
     ggml_context * ctx;
     ggml_cgraph *  gf;
+    int64_t        n_real;  // tokens; below, n is this rounded up
 
     ggml_tensor * slots = nullptr;  // I32 [n_q]
     ggml_tensor * cells = nullptr;  // I32 [n]
@@ -169,7 +173,8 @@ static void add_layer(laq_cache & laq, fit_graph & fg, uint32_t ikv, int64_t n_f
     delta = ggml_cont(ctx, ggml_permute(ctx, delta, 0, 2, 1, 3));
 
     ggml_tensor * fitted = ggml_add(ctx, values, ggml_reshape_2d(ctx, delta, d * n_h, n));
-    ggml_tensor * done   = ggml_set_rows(ctx, rows, fitted, fg.cells);
+    ggml_tensor * done   = ggml_set_rows(ctx, rows, ggml_view_2d(ctx, fitted, d * n_h, fg.n_real, fitted->nb[1], 0),
+                                         ggml_view_1d(ctx, fg.cells, fg.n_real, 0));
     if (laq.v_trans()) {
         done = turn_back(ctx, v, done);
     }
@@ -177,9 +182,10 @@ static void add_layer(laq_cache & laq, fit_graph & fg, uint32_t ikv, int64_t n_f
     ggml_build_forward_expand(fg.gf, done);
 }
 
-static fit_graph build_fit_graph(laq_cache & laq, llm_graph_result & res, int64_t n, int64_t n_from, int64_t n_q) {
+static fit_graph build_fit_graph(laq_cache & laq, llm_graph_result & res, int64_t n_real, int64_t n_from, int64_t n_q) {
     res.reset();
-    fit_graph fg = { res.get_ctx(), res.get_gf() };
+    fit_graph     fg = { res.get_ctx(), res.get_gf(), n_real };
+    const int64_t n  = GGML_PAD(n_real, N_VECTOR);
     ggml_backend_sched_reset(laq.ctx->get_sched());
 
     fg.slots = ggml_new_tensor_1d(fg.ctx, GGML_TYPE_I32, n_q);
@@ -207,37 +213,40 @@ void laq_graph_reserve_fit(laq_cache & laq) {
 // an eviction's
 //
 
-// 1 where V of a head may change: what is pinned stays
+// [n_head_kv][n], 1 where V of a head may change: what is pinned stays
 static std::vector<float> free_of_layer(const laq_cache & laq, const laq_eviction & e, uint32_t ikv,
-                                        const std::vector<uint32_t> & dst) {
+                                        const std::vector<uint32_t> & dst, int64_t n) {
     const laq_params     p = laq.params_of(e.seq_id);
-    std::vector<float>   res;
+    std::vector<float>   res(laq.layers[ikv].n_head_kv * n);
     std::vector<int32_t> pos(dst.size());
     for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
         std::transform(dst.begin(), dst.end(), pos.begin(),
                        [&](uint32_t cell) { return laq.pos_at(e.seq_id, ikv, h, cell); });
-        for (const uint8_t pinned : laq_pinned(p, { pos.data(), nullptr, (uint32_t) pos.size(), e.n_intact })) {
-            res.push_back(pinned ? 0.0f : 1.0f);
-        }
+        const std::vector<uint8_t> pinned = laq_pinned(p, { pos.data(), nullptr, (uint32_t) pos.size(), e.n_intact });
+        std::transform(pinned.begin(), pinned.end(), res.begin() + h * n, [](uint8_t x) { return x ? 0.0f : 1.0f; });
     }
     return res;
 }
 
 static void set_inputs(const laq_cache & laq, const laq_eviction & e, const std::vector<laq_observation> & obs,
                        const std::vector<uint32_t> & dst, const fit_graph & fg) {
-    std::vector<int32_t> slots;
-    std::vector<float>   mask;
+    const int64_t         n = fg.cells->ne[0];
+    std::vector<uint32_t> cells(dst);
+    std::vector<int32_t>  slots;
+    std::vector<float>    mask;
+    cells.resize(n, dst.back());
     for (const laq_observation & o : obs) {
         slots.push_back(o.slot);
         for (const uint32_t cell : dst) {
             mask.push_back(laq.cells().pos_get(cell) <= o.pos ? 0.0f : -INFINITY);
         }
+        mask.resize(slots.size() * n, -INFINITY);
     }
     ggml_backend_tensor_set(fg.slots, slots.data(), 0, ggml_nbytes(fg.slots));
-    ggml_backend_tensor_set(fg.cells, dst.data(), 0, ggml_nbytes(fg.cells));
+    ggml_backend_tensor_set(fg.cells, cells.data(), 0, ggml_nbytes(fg.cells));
     ggml_backend_tensor_set(fg.mask, mask.data(), 0, ggml_nbytes(fg.mask));
     for (uint32_t ikv = 0; ikv < fg.free.size(); ++ikv) {
-        const std::vector<float> free = free_of_layer(laq, e, ikv, dst);
+        const std::vector<float> free = free_of_layer(laq, e, ikv, dst, n);
         ggml_backend_tensor_set(fg.free[ikv], free.data(), 0, ggml_nbytes(fg.free[ikv]));
     }
 }
