@@ -16,6 +16,7 @@ from typing import Any
 from laq_gguf.bench import (
     chat,
     device,
+    fetch,
     kept,
     memory,
     multiturn,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, ModuleType] = {
     "peers": peers,
     "kept": kept,
     "pictures": pictures,
+    "fetch": fetch,
     "report": report,
 }
 

@@ -253,7 +253,10 @@ def pairs_prompt(pairs: Sequence[tuple[str, str]], key: str, value: str) -> dict
 
 def _folder(name: str, data: Path | None) -> Path:
     if data is None:
-        raise ValueError(f"task {name!r} reads its examples from a folder: pass --data DIR")
+        raise ValueError(
+            f"task {name!r} reads its examples from a folder, which `bench fetch` makes: "
+            "pass --data DIR"
+        )
     return data
 
 
