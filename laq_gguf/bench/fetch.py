@@ -1,4 +1,4 @@
-"""Fetch public data by name into the folder that --data names, where there is network.
+"""Fetch: public data by name, into the folder that --data names, where there is network.
 
 Examples are written as the other benchmarks read them; a file that is there already stays.
 """

@@ -146,7 +146,7 @@ def test_memory_ratios_are_to_the_stock_context_of_the_same_types() -> None:
 
 def test_every_command_has_a_table() -> None:
     # speed and memory have a second kind of result: over contexts
-    others = {"report", "pictures"}
+    others = {"report", "pictures", "fetch"}
     assert report.TABLES.keys() - {"sweep", "memory_curve"} == commands.COMMANDS.keys() - others
     assert report.SUMMARIES.keys() < report.TABLES.keys()
 
