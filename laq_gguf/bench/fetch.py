@@ -22,6 +22,7 @@ from typing import Any
 from laq_gguf.bench import longbench
 from laq_gguf.bench.multiturn import FILE as MULTITURN
 from laq_gguf.bench.options import integers, names
+from laq_gguf.bench.provenance import write_whole
 from laq_gguf.bench.tasks import TASKS
 
 # LongBench keeps the prompts and lengths of its tasks beside its code
@@ -62,10 +63,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     for name in args.names:
         for path, text in SETS[name](args):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # a run that is stopped leaves no half file behind
-            part = path.with_name(f"{path.name}.part")
-            part.write_text(text, encoding="utf-8", newline="\n")
-            part.replace(path)
+            # what is there is never fetched again: it has to be whole
+            write_whole(path, text)
             written.append(path)
             print(path.relative_to(args.data).as_posix(), file=sys.stderr)
     return written

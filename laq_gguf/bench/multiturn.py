@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from laq_gguf.bench.answers import COUNTERS, Reply, freely, led, read, reply_text, without_end
 from laq_gguf.bench.decoder import Decoder
+from laq_gguf.bench.methods import PSEUDO
 from laq_gguf.bench.metrics import kl_divergence, squad_em, squad_f1, top1_agreement
 from laq_gguf.bench.options import (
     add_common,
@@ -41,17 +42,17 @@ from laq_gguf.config import round_cells
 # each turn chooses from the full cache, as if nothing had ever left it: what recall can reach
 FROM_FULL = "laq++-from-full"
 FILE = Path("multiturn") / "squad_multiturn.jsonl"
-PSEUDO: dict[str, Any] = {"kv_policy": "laq++", "lookahead": "pseudo"}
-RECALL = {**PSEUDO, "kv_recall": "ram"}
+LAQ_PP = {"kv_policy": "laq++", **PSEUDO}
+RECALL = {**LAQ_PP, "kv_recall": "ram"}
 # keyword arguments of laq_gguf.Llama, beside kv_budget
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "laq++-deferred": {"kv_policy": "laq++", "lookahead": "deferred"},
-    "laq++-pseudo": PSEUDO,
+    "laq++-pseudo": LAQ_PP,
     "laq++-recall": RECALL,
     "laq++-recall-0": {**RECALL, "recall_rounds": 0},
     "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
-    FROM_FULL: PSEUDO,
+    FROM_FULL: LAQ_PP,
     "snapkv": {"kv_policy": "snapkv"},
     "streaming": {"kv_policy": "streaming"},
 }

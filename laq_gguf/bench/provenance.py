@@ -61,8 +61,13 @@ def shown_path(word: str) -> str:
 
 def write_json(path: Path, document: dict[str, object]) -> None:
     """Write a result file in one step: an interrupted run leaves the last complete one."""
+    write_whole(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step: there is never a part of it at `path`."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
 
 

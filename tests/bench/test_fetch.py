@@ -21,8 +21,6 @@ from laq_gguf.bench import commands, fetch, longbench
 from laq_gguf.bench.multiturn import FILE
 from laq_gguf.bench.tasks import load_examples, long_text, read_lines
 
-QUESTIONS = 8
-
 
 def ruler_rows() -> list[dict[str, Any]]:
     row = {"context": "Some text. ", "question": "\nWhat?", "answer_prefix": " It is"}
