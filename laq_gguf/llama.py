@@ -119,7 +119,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             value_fit: with "laq++" V of the tokens that stay is moved, as little as it takes, until
                 the observed queries get what they got from the whole cache (ridge regression; the
                 values of arXiv 2602.16284). The ridge, in units of squared attention; 0: V stays
-                byte for byte, as it does with kv_recall and for what is always kept.
+                byte for byte, as it does for what is always kept. An archive has V as it was.
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
@@ -139,7 +139,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 (also where generating finds no cells), "never" (by `recall()` alone).
             recall_rounds: how often a message chooses by the queries of its own last tokens (at
                 most snapkv_window) and is read again, before kv_policy chooses: the first time it
-                was read, what it looks at may not have been there.
+                was read, what it looks at may not have been there. The choice holds twice the
+                budget, or as many as there are cells, until the lookahead is generated from it.
             recall_device: what scores archived and resident tokens together: "cpu"; "device": that
                 of the layer's cache, through a buffer allocated here for n_ctx keys of one KV head;
                 "auto": the faster one, measured here.

@@ -16,12 +16,17 @@ import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
 from .cache import KVCache
+from .cells import Layer
 from .plan import check_pinned, n_always
 from .select import PolicyParams, Span, query_range, select_head
 
 RECALLS = ("never", "turn", "always")
-#: Of the tokens selected in the first layers this share must be new, or nothing comes back.
+#: Of the tokens that the budget takes in the first layers this share must be new, or nothing comes
+#: back.
 RECALL_NEW, RECALL_LAYERS = 0.02, 4
+#: A message's choice holds so many times the budget, as far as there are cells, until the lookahead
+#: is generated from it.
+RECALL_DRAFT = 2
 
 
 def message_size(params: PolicyParams) -> int:
@@ -81,6 +86,8 @@ class RecallCache(KVCache):
     Attributes:
         n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
         n_lost: rows that a snapshot did not carry.
+        drafted: nothing was evicted since the choice for the message last read: what queries got
+            since then tells of the archive, too.
     """
 
     def __init__(self, params: PolicyParams, *, recall: str | None = None, **others: Any) -> None:
@@ -95,17 +102,18 @@ class RecallCache(KVCache):
     def clear(self) -> None:
         super().clear()
         self.archive = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
+        self.drafted = False
 
     def snapshot(self, archive: bool = True) -> dict[str, Any]:
         """archive: whether the copy has it; what one has not is lost where it is restored."""
-        state = super().snapshot()
+        state = {**super().snapshot(), "drafted": self.drafted}
         if archive and self.recall_when is not None:
             state["archive"] = copy.deepcopy(self.archive)
         return state
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         empty = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
-        super().restore({"archive": empty, **snapshot})
+        super().restore({"archive": empty, "drafted": False, **snapshot})
         if self.recall_when is not None and "archive" not in snapshot:
             n_held = int((self.layers[0].positions[0] < self.n_intact).sum())
             self.n_lost += (self.n_intact - n_held) * self.n_layer * self.n_head_kv
@@ -147,16 +155,28 @@ class RecallCache(KVCache):
 
     def choose_for_message(self, n_message: int) -> bool:
         """Choose by the queries of the last n_message tokens, which stay whole, before the prompt
-        ends. Whether something came back: those tokens are then to be removed and read again.
+        ends: RECALL_DRAFT times the budget, as far as there are cells. Whether something came back:
+        those tokens are then to be removed and read again. Otherwise nothing was changed.
 
         Raises:
             ValueError: more cells are pinned than the budget holds.
         """
-        n_end, n_before = self.n_tokens, self.n_recalls
+        self.drafted = False
+        if n_message == 0:
+            return False
+        n_end = self.n_tokens
         first = n_end - n_message
         check_pinned(self.params, self.params.budget, first, n_end)
-        self._evict(self.params.budget, first, (first, n_end), n_end, recall=True)
-        return self.n_recalls > n_before
+        self._archive_leaving(first)
+        self.drafted = self._reselect(self._n_draft(), first, (first, n_end), n_end)
+        return self.drafted
+
+    def _n_draft(self) -> int:
+        params, n_draft = self.params, RECALL_DRAFT * self.params.budget
+        if self.n_cells is not None:
+            n_ahead = params.lookahead_size if params.needs_lookahead else 0
+            n_draft = min(n_draft, self.n_cells - self.n_foreign - n_ahead)
+        return max(n_draft, params.budget)
 
     def _evict(
         self,
@@ -174,11 +194,7 @@ class RecallCache(KVCache):
                 self._drop(n_end)
                 return
             super()._evict(n_keep, n_intact, queries, n_end, by_probe)
-
-    @property
-    def fits_values(self) -> bool:
-        """Not where there is an archive: what comes back from it is what it was."""
-        return super().fits_values and self.recall_when is None
+        self.drafted = False
 
     def _drop(self, n_end: int) -> None:
         """Tokens from n_end on were decoded ahead; nothing else changes."""
@@ -206,11 +222,12 @@ class RecallCache(KVCache):
         held = np.broadcast_to(np.isin(positions, archive.positions), shape).copy()
         k, v = (np.zeros((*shape, self.n_embd_head), np.float32) for _ in range(2))
         at = np.searchsorted(positions, archive.positions)
-        k[:, at], v[:, at] = archive.k[il], archive.v[il]
         for head, own in layer.heads():
-            at = np.searchsorted(positions, own)
-            resident[head, at] = held[head, at] = True
-            k[head, at], v[head, at] = layer.k[head], layer.v[head]
+            where = np.searchsorted(positions, own)
+            resident[head, where] = held[head, where] = True
+            k[head, where], v[head, where] = layer.k[head], layer.v[head]
+        # V that was fitted comes back as it was
+        k[:, at], v[:, at] = archive.k[il], archive.v[il]
         return Candidates(positions, held, resident, k, v)
 
     def _score_candidates(
@@ -230,7 +247,8 @@ class RecallCache(KVCache):
 
     def _reselect(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> bool:
         """Every head comes to hold the best of what is archived and resident. False: nothing was
-        changed, since no query is held or too little would be new."""
+        changed, since no query is held or too little would be new. V is fitted if what the queries
+        got tells of the archive."""
         first = max(queries[0], self.n_intact)
         used = (self.query_positions >= first) & (self.query_positions < queries[1])
         if not used.any():
@@ -240,25 +258,35 @@ class RecallCache(KVCache):
         layers = [self._candidates(il, positions) for il in range(self.n_layer)]
         may_stay = positions < n_end
         n_least = min(int((c.held & may_stay).sum(axis=1).min()) for c in layers)
-        params = replace(self.params, budget=min(n_keep, n_least))
-        scores, kept = [], []
-        for il, candidates in enumerate(layers):
-            raw = self._score_candidates(il, used, candidates)
-            scores.append(raw)
-            columns = []
+        scores = [
+            self._score_candidates(il, used, candidates) for il, candidates in enumerate(layers)
+        ]
+
+        def choose(n: int, il: int) -> npt.NDArray[np.int64]:
+            """Columns of n tokens for each head of a layer."""
+            params, columns = replace(self.params, budget=min(n, n_least)), []
             for head in range(self.n_head_kv):
-                own = np.flatnonzero(candidates.held[head] & may_stay)
-                rank = (params, positions[own], n_intact, raw[head, own])
+                own = np.flatnonzero(layers[il].held[head] & may_stay)
+                rank = (params, positions[own], n_intact, scores[il][head, own])
                 columns.append(own[select_head(*rank, ikv=il, head=head)])
-            kept.append(np.stack(columns))
-        if not self._is_new(layers, kept):
+            return np.stack(columns)
+
+        n_first = min(RECALL_LAYERS, self.n_layer)
+        n_budget = min(n_keep, self.params.budget)
+        if not self._is_new(layers[:n_first], [choose(n_budget, il) for il in range(n_first)]):
             self.n_recalls_skipped += 1
             return False
-        for layer, candidates, columns in zip(self.layers, layers, kept, strict=True):
+        fitted = used & (self.query_positions >= self.n_settled)
+        fits = self.drafted and self.params.fits_values and bool(fitted.any())
+        for il, (layer, candidates) in enumerate(zip(self.layers, layers, strict=True)):
+            columns, before = choose(n_keep, il), copy.copy(layer)
+            outputs = self._outputs(il, fitted) if fits else None
             layer.positions = positions[columns]
             layer.k = np.take_along_axis(candidates.k, columns[:, :, None], axis=1)
             layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
             layer.memory = np.zeros(columns.shape, np.float32)
+            if outputs is not None:
+                self._fit_chosen(il, fitted, outputs, before, n_intact, n_end)
         self.n_intact, self.remembers, self.pending = n_intact, False, False
         self._keep_queries(self.query_positions < n_end)
         self.n_tokens, self.n_settled, self.scores = n_end, n_end, scores
@@ -266,9 +294,32 @@ class RecallCache(KVCache):
         self.n_recalls += 1
         return True
 
+    def _fit_chosen(
+        self,
+        il: int,
+        used: npt.NDArray[np.bool_],
+        outputs: FloatArray,
+        before: Layer,
+        n_intact: int,
+        n_end: int,
+    ) -> None:
+        """Fit V of a layer where it is not pinned to the outputs that the queries got `before`.
+        What was decoded ahead is seen, too, until it is dropped."""
+        layer, n = self.layers[il], self.layers[il].positions.shape[1]
+        ahead = int((before.positions[0] >= n_end).sum())
+        if ahead:
+            layer.append(
+                before.positions[0, -ahead:],
+                before.k[:, -ahead:].swapaxes(0, 1),
+                before.v[:, -ahead:].swapaxes(0, 1),
+            )
+        stays = np.ones(layer.positions.shape, bool)
+        self._fit_layer(self.params, il, used, outputs, stays, n_intact)
+        layer.keep(np.broadcast_to(np.arange(n), (self.n_head_kv, n)))
+
     def _is_new(self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]) -> bool:
-        """Whether enough of what is selected in the first layers is not resident."""
-        first = list(zip(layers, kept, strict=True))[:RECALL_LAYERS]
-        n_same = sum(int(np.take_along_axis(c.resident, k, axis=1).sum()) for c, k in first)
-        n_all = sum(k.size for _, k in first)
+        """Whether enough of what is selected is not resident."""
+        pairs = list(zip(layers, kept, strict=True))
+        n_same = sum(int(np.take_along_axis(c.resident, k, axis=1).sum()) for c, k in pairs)
+        n_all = sum(k.size for _, k in pairs)
         return n_all - n_same >= RECALL_NEW * n_all

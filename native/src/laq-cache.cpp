@@ -24,7 +24,7 @@ void laq_ring::forget(int32_t p0) {
 
 laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
     ctx(ctx), kv(static_cast<llama_kv_cache *>(ctx->get_memory())), params(p), n_ctx(p.n_ctx ? p.n_ctx : ctx->n_ctx()),
-    seqs(ctx->n_seq_max()), captures_outputs(p.value_fit > 0.0f && !p.archive), debug(getenv("LAQ_DEBUG") != nullptr),
+    seqs(ctx->n_seq_max()), captures_outputs(p.value_fit > 0.0f), debug(getenv("LAQ_DEBUG") != nullptr),
     n_ctx_own(ctx->n_ctx_seq()) {
     set_params(p);
     init_layers();
@@ -321,6 +321,8 @@ void laq_cache::reset(int32_t seq_id) {
     seq.n_settled = 0;
     seq.pending   = std::nullopt;
     seq.remembers = false;
+    seq.drafted   = false;
+    seq.fitted    = false;
     if (!keep_rings) {
         seq.ring.forget(0);
         if (recall) {

@@ -191,15 +191,20 @@ bool laq_policy_scores(const laq_params & params) {
 }
 
 bool laq_policy_fits(const laq_params & params) {
-    // a draft's outputs are those of the small cache, newlines say nothing, and what an archive holds comes back as it was
+    // a draft's outputs are those of the small cache, and newlines say nothing
     return params.policy == LAQ_POLICY_LAQ_PP && params.value_fit > 0.0f && params.draft == LAQ_DRAFT_FULL &&
-           params.lookahead != LAQ_LOOKAHEAD_POSITION && !params.archive;
+           params.lookahead != LAQ_LOOKAHEAD_POSITION;
 }
 
 uint32_t laq_policy_message(const laq_params & params) {
     const int64_t n_room = (int64_t) params.n_kv_budget - laq_policy_n_pinned(params) + laq_policy_window(params);
     return std::clamp<int64_t>(std::min(params.n_window_snapkv, params.n_kv_budget / 4), 0,
                                std::max<int64_t>(0, n_room));
+}
+
+uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room) {
+    const uint64_t n_free = n_room - std::min(n_room, laq_policy_ahead(params));
+    return std::max<uint64_t>(params.n_kv_budget, std::min<uint64_t>(n_free, LAQ_RECALL_DRAFT * params.n_kv_budget));
 }
 
 uint32_t laq_policy_ahead(const laq_params & params) {

@@ -75,6 +75,11 @@ bool laq_policy_fits(const laq_params & params);
 // of the budget at most, and no more than the budget holds beside what is pinned
 uint32_t laq_policy_message(const laq_params & params);
 
+// Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then
+// the budget is chosen. So many times the budget, if the n_room cells that the sequence can have hold them and a lookahead
+constexpr uint64_t LAQ_RECALL_DRAFT = 2;
+uint32_t           laq_policy_draft(const laq_params & params, uint32_t n_room);
+
 // tokens of the lookahead, and cells that stay free for the probe while a prompt is read
 uint32_t laq_policy_ahead(const laq_params & params);
 uint32_t laq_policy_room(const laq_params & params);

@@ -88,10 +88,12 @@ static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float>
 // drop tokens that were decoded ahead, and their queries
 static void forget_from(laq_cache & laq, int32_t seq_id, int32_t pos) {
     // their cells are gone after an eviction, and still there if something failed
-    const bool remembers = laq.seqs[seq_id].remembers;
+    laq_seq &  seq       = laq.seqs[seq_id];
+    const bool remembers = seq.remembers;
     laq.kv->seq_rm(seq_id, pos, -1);
-    laq.seqs[seq_id].ring.forget(pos);
-    laq.seqs[seq_id].remembers = remembers;
+    seq.ring.forget(pos);
+    seq.n_settled = std::min(seq.n_settled, pos);
+    seq.remembers = remembers;
 }
 
 //
@@ -229,20 +231,24 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
 
 void laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
     const uint32_t n_most = laq_policy_message(laq.params_of(seq_id));
+    const uint32_t n_room = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
+    const uint32_t n_keep = laq_policy_draft(laq.params, n_room);
 
+    laq.seqs[seq_id].drafted = false;
     for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
         const int32_t                  n_prompt = laq.n_tokens(seq_id);
         const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
         const int32_t                  first    = n_prompt - (int32_t) tail.size();
-        const uint32_t                 n_before = laq.stats.n_recalls;
         if (tail.empty()) {
             return;
         }
+        bool is_new = false;
         laq.run_update(
-            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, { first, n_prompt }, false, first, n_prompt, true }); });
-        if (laq.stats.n_recalls == n_before) {
+            [&] { is_new = laq.reselect({ seq_id, n_keep, { first, n_prompt }, false, first, n_prompt, true }); });
+        if (!is_new) {
             return;  // what it looks at is here
         }
+        laq.seqs[seq_id].drafted = true;
         read_again(laq, seq_id, tail);
     }
 }
@@ -253,9 +259,10 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
     const uint32_t           n_before = laq.stats.n_recalls;
     const bool               recall   = laq.recalls(seq_id, LAQ_RECALL_TURN);
 
-    // those that stay whole: reading more of them again would take cells from the tokens that come back
+    // Those that stay whole, unless they were read in view of more already. Reading more of them again would take cells
+    // from the tokens that come back.
     std::vector<llama_token> tail;
-    if (recall) {
+    if (recall && !laq.seqs[seq_id].drafted) {
         tail = laq.recall->tail(laq, seq_id, n_prompt, laq_policy_window(laq.params));
     }
 
@@ -273,7 +280,7 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
         const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         const int32_t n_intact = laq.intact_from(seq_id, n_prompt);
         laq.run_update(
-            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall }); });
+            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall, true }); });
     } catch (...) {
         restore();
         throw;

@@ -56,13 +56,14 @@ struct reselection {
     const std::vector<uint32_t> &        order;
     const std::vector<laq_observation> & obs;
 
+    const bool           fits;  // V is fitted afterwards: what was decoded ahead stays until then
     laq_params           params;
     std::vector<int32_t> archived;
     std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
     std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
     std::vector<int32_t> masked;
     uint64_t             mask_id = 0;
-    size_t               n_same  = 0;  // of the rows selected in the first layers, those that are resident
+    size_t               n_same  = 0;  // of the rows that the budget takes in the first layers, those that are resident
     size_t               n_all   = 0;
 
     laq_rows                        rows;
@@ -74,13 +75,18 @@ struct reselection {
 
     reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
                 const std::vector<laq_observation> & obs) :
-        laq(laq), e(e), order(order), obs(obs), params(laq.params_of(e.seq_id)) {}
+        laq(laq), e(e), order(order), obs(obs),
+        fits(e.fits && laq_policy_fits(laq.params) && laq.seqs[e.seq_id].drafted), params(laq.params_of(e.seq_id)) {}
 
     result run();
     void   keep_scores() const;
 
+    // the rows that come back go to the cells that were prepared for them
+    void upload(const std::vector<uint32_t> & dst) const;
+
   private:
     uint32_t             n_kept() const;
+    bool                 comes_back(int part, const laq_row & row) const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
     void        gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const archive_part & keys,
                        const laq_cell_rows & cells, uint8_t * dst) const;
@@ -97,7 +103,8 @@ uint32_t reselection::n_kept() const {
     for (const uint32_t cell : order) {
         n_own += laq.cells().pos_get(cell) < e.n_end;
     }
-    uint32_t n_least = UINT32_MAX;
+    const uint32_t n_ahead = fits ? order.size() - n_own : 0;
+    uint32_t       n_least = UINT32_MAX;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
             uint32_t n_both = 0;
@@ -107,8 +114,13 @@ uint32_t reselection::n_kept() const {
             n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
         }
     }
-    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size();
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - n_ahead;
     return std::min({ e.n_keep, n_least, n_room });
+}
+
+// Whether K (part 0) or V of a selected row is read from the archive. V that was fitted is not what it was.
+bool reselection::comes_back(int part, const laq_row & row) const {
+    return row.cell < 0 || (part == 1 && laq.seqs[e.seq_id].fitted && laq.recall->archive.has(row.pos));
 }
 
 // what a head may choose from, and pseudo tokens: in order of position
@@ -199,11 +211,18 @@ void reselection::choose(const std::vector<laq_row> & of_head, const float * s, 
             pos.push_back(row.pos);
         }
     }
+    const laq_head_view    view   = { pos.data(), s, (uint32_t) pos.size(), e.n_intact };
     std::vector<laq_row> & chosen = rows[ikv].emplace_back();
-    for (const uint32_t i : laq_keep_of_head(params, ikv, h, { pos.data(), s, (uint32_t) pos.size(), e.n_intact }, 0)) {
+    for (const uint32_t i : laq_keep_of_head(params, ikv, h, view, 0)) {
         chosen.push_back(of_head[i]);
-        n_same += of_head[i].cell >= 0;
-        ++n_all;
+    }
+    if (ikv < LAQ_RECALL_LAYERS) {
+        laq_params p  = params;
+        p.n_kv_budget = std::min(params.n_kv_budget, laq.params.n_kv_budget);
+        for (const uint32_t i : laq_keep_of_head(p, ikv, h, view, 0)) {
+            n_same += of_head[i].cell >= 0;
+            ++n_all;
+        }
     }
 }
 
@@ -213,7 +232,7 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
     std::vector<uint8_t> wanted(archive.n_blocks());
     for (const std::vector<laq_row> & of_head : rows[ikv]) {
         for (const laq_row & row : of_head) {
-            if (row.cell < 0) {
+            if (comes_back(1, row)) {
                 wanted[row.pos / laq_archive::N_BLOCK] = 1;
             }
         }
@@ -231,7 +250,7 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
         for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
             std::vector<uint8_t> & dst = recalled[ikv].bytes[part].emplace_back();
             for (const laq_row & row : rows[ikv][h]) {
-                if (row.cell < 0) {
+                if (comes_back(part, row)) {
                     dst.resize(dst.size() + n_row);
                     laq_convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type,
                                 dst.data() + dst.size() - n_row, n);
@@ -339,22 +358,24 @@ void reselection::keep_scores() const {
     }
 }
 
-// the rows that come back go to the cells that were prepared for them
-void upload(laq_cache & laq, const std::vector<uint32_t> & dst, const reselection & s) {
+void reselection::upload(const std::vector<uint32_t> & dst) const {
+    if (dst.empty()) {
+        return;
+    }
     std::vector<uint32_t> cells;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (int part = 0; part < 2; ++part) {
             laq_cell_rows view(laq, ikv, part == 1, 0, dst.back() + 1);
             uint64_t      n_bytes = 0;
-            for (uint32_t h = 0; h < s.rows[ikv].size(); ++h) {
+            for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
                 cells.clear();
-                for (size_t i = 0; i < dst.size(); ++i) {
-                    if (s.rows[ikv][h][i].cell < 0) {
+                for (size_t i = 0; i < rows[ikv][h].size(); ++i) {
+                    if (comes_back(part, rows[ikv][h][i])) {
                         cells.push_back(dst[i]);
                     }
                 }
-                view.set(h, cells, s.recalled[ikv].bytes[part][h].data());
-                n_bytes += s.recalled[ikv].bytes[part][h].size();
+                view.set(h, cells, recalled[ikv].bytes[part][h].data());
+                n_bytes += recalled[ikv].bytes[part][h].size();
                 laq.stats.n_recalled += part == 0 ? cells.size() : 0;
             }
             if (n_bytes > 0) {
@@ -367,8 +388,10 @@ void upload(laq_cache & laq, const std::vector<uint32_t> & dst, const reselectio
 
 }  // namespace
 
-bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
-                         const std::vector<uint8_t> & own) {
+bool laq_cache::reselect(const laq_eviction & e) {
+    const std::vector<uint32_t> order = resident(e.seq_id);
+    const std::vector<uint8_t>  own   = owned(order);
+    laq_archive_leaving(*this, e, order);
     if (std::count(own.begin(), own.end(), 0) > 0) {
         LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
                        __func__);
@@ -378,7 +401,8 @@ bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & o
     if (obs.empty()) {
         return false;
     }
-    const int64_t t0 = ggml_time_us();
+    const double  ms_fit = stats.ms_fit;
+    const int64_t t0     = ggml_time_us();
     ctx->synchronize();
 
     reselection s(*this, e, order, obs);
@@ -393,18 +417,13 @@ bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & o
         if (debug) {
             s.keep_scores();
         }
-        const std::vector<uint32_t> dst = compact(e, order, own, s.rows);
-        if (!dst.empty()) {
-            upload(*this, dst, s);
-        }
-        laq_seq & seq = seqs[e.seq_id];
-        seq.n_intact  = e.n_intact;
-        seq.n_settled = e.n_end;
-        seq.remembers = false;
-        seq.ring.forget(e.n_end);
+        hold(e, order, own, s.rows, s.fits, [&](const std::vector<uint32_t> & dst) {
+            s.upload(dst);
+            seqs[e.seq_id].fitted = false;
+        });
+        seqs[e.seq_id].remembers = false;
         ++stats.n_recalls;
-        ++stats.n_evictions;
     }
-    stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+    stats.ms_recall += (ggml_time_us() - t0) / 1000.0 - (stats.ms_fit - ms_fit);
     return res == reselection::result::DONE;
 }

@@ -12,7 +12,7 @@
 #include <utility>
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 5;
+static constexpr uint32_t STATE_VERSION = 6;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -104,6 +104,8 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         put(io, seq.n_intact);
         put(io, seq.n_settled);
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
+        put<uint32_t>(io, seq.drafted);
+        put<uint32_t>(io, seq.fitted);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
         write_archive(laq, io);
@@ -172,7 +174,7 @@ static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & s
         const size_t size  = layer.ring->nb[1];
         const size_t n_q   = layer.n_ring_q() * sizeof(ggml_fp16_t);
         const size_t n_row = get<uint32_t>(io);
-        // outputs are there or not, as value_fit and kv_recall had it
+        // outputs are there or not, as value_fit had it
         if (n_row != size && n_row != n_q && n_row != n_q + layer.n_ring_out() * sizeof(ggml_fp16_t)) {
             refuse("another model");
         }
@@ -259,6 +261,8 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         if (n_prompt >= 0) {
             s.pending = laq_pending{ n_prompt };
         }
+        s.drafted = get<uint32_t>(io) != 0;
+        s.fitted  = get<uint32_t>(io) != 0;
         read_origin(laq, io, s);
         read_ring(laq, io, s);
         read_archive(laq, io, s);
@@ -289,6 +293,8 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.n_settled = saved.has_outputs ? saved.n_settled : laq.n_tokens(saved.seq_id);
         seq.pending   = saved.pending;
         seq.remembers = saved.remembers;
+        seq.drafted   = saved.drafted;
+        seq.fitted    = saved.fitted;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
         }

@@ -217,7 +217,7 @@ def test_a_file_is_moved_and_goes_with_its_chat(tiny_gguf: Callable[..., Path]) 
     assert files() == dict([first])
     chat = llm.parked()["first"]
     assert chat.file_bytes == first[1]
-    n_state = open_llama(tiny_gguf("llama"), kv_budget=64, kv_staging=192, value_fit=0)
+    n_state = open_llama(tiny_gguf("llama"), kv_budget=64, kv_staging=192)
     turn(n_state, [], 1, 400)
     n_state.park("first")
     assert chat.memory_bytes == n_state.parked()["first"].memory_bytes, "nothing of it is in memory"

@@ -66,7 +66,6 @@ def test_free_values_alone_change(
         {"kv_policy": "snapkv"},
         {"lookahead": "position"},
         {"draft": "snapkv"},
-        {"kv_recall": "ram"},
     ],
     ids=str,
 )

@@ -321,6 +321,18 @@ static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resi
     return got.n_tokens == want.n_tokens && got.n_evict == want.n_evict && got.n_probe == want.n_probe;
 }
 
+static void test_draft() {
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
+    CHECK(laq_policy_draft(params, 1024) == 512);
+    CHECK(laq_policy_draft(params, 512 + params.n_lookahead) == 512);
+    CHECK(laq_policy_draft(params, 512) == 512 - params.n_lookahead);
+    CHECK(laq_policy_draft(params, 256) == 256);  // never less than what stays
+    params.policy = LAQ_POLICY_SNAPKV;            // looks at nothing ahead
+    CHECK(laq_policy_draft(params, 512) == 512);
+    params.n_kv_budget = UINT32_MAX;
+    CHECK(laq_policy_draft(params, 1024) == UINT32_MAX);
+}
+
 static void test_plan_chunk() {
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
     params.n_probe    = 48;
@@ -364,6 +376,7 @@ int main() {
     test_queries();
     test_n_pinned();
     test_message();
+    test_draft();
     if (n_failed > 0) {
         std::fprintf(stderr, "%d checks failed\n", n_failed);
     }

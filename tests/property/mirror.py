@@ -176,15 +176,17 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            message = self._tail(message_size(params)) if self._chooses_for_message() else []
-            if message and cache.choose_for_message(len(message)):
-                self._read_again(message)
+            if self._chooses_for_message():
+                message = self._tail(message_size(params))
+                if cache.choose_for_message(len(message)):
+                    self._read_again(message)
+            drafted = cache.drafted
             tail = self._tail(params.window) if looks_ahead else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)
             self._note([0] * (self.after.n_pseudo - self.before.n_pseudo))
             self.tokens = {p: token for p, token in self.tokens.items() if p < n_prompt}
-            if cache.n_recalls > n_before:
+            if cache.n_recalls > n_before and not drafted:
                 self._read_again(tail)
 
         self._both(self._call["prompt_end"], model)

@@ -150,6 +150,21 @@ SETUPS = (
     ),
     Setup("recall", "laq++", compaction="graph", archive={"kv_recall": "ram", "recall": "turn"}),
     Setup(
+        "recall fitted",
+        "laq++",
+        cache_type="f32",
+        rules=FITTED,
+        context=NO_FA,
+        archive={"kv_recall": "ram", "recall": "turn"},
+    ),
+    Setup(
+        "recall fitted, pinned, disk",
+        "laq++",
+        rules={**FITTED, "pinned": ((40, 50),)},
+        compaction="graph",
+        archive={"kv_recall": "disk", "recall": "always"},
+    ),
+    Setup(
         "recall pseudo, f32, disk",
         "laq++",
         cache_type="f32",
