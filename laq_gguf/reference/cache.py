@@ -313,7 +313,7 @@ class KVCache(Cells):
             ]
             kept.append(np.stack(rows))
         # a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
-        if self.params.fits_values and params.needs_queries and not by_probe:
+        if params.fits_values and params.needs_queries and not by_probe:
             self._fit(params, kept, used, n_intact)
         self._keep(kept, n_intact)
         self.remembers = by_probe
@@ -366,33 +366,16 @@ class KVCache(Cells):
         if not used.any():
             return
         for il, layer in enumerate(self.layers):
-            stays = layer.positions >= n_intact
+            positions = layer.positions
+            mask = causal_mask(self.query_positions[used], positions)
+            outputs = attention_outputs(self._weights(il, used, mask), layer.v)
+            stays = positions >= n_intact
             np.put_along_axis(stays, kept[il], True, axis=1)
-            self._fit_layer(params, il, used, self._outputs(il, used), stays, n_intact)
-
-    def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        """What the used queries get from all that is resident, as attention_outputs has it."""
-        mask = causal_mask(self.query_positions[used], self.layers[il].positions)
-        return attention_outputs(self._weights(il, used, mask), self.layers[il].v)
-
-    def _fit_layer(
-        self,
-        params: PolicyParams,
-        il: int,
-        used: npt.NDArray[np.bool_],
-        outputs: FloatArray,
-        stays: npt.NDArray[np.bool_],
-        n_intact: int,
-    ) -> None:
-        """Fit V of a layer, where it is not pinned, so that the used queries get the outputs from
-        the cells that stay (n_head_kv, n_resident)."""
-        layer = self.layers[il]
-        mask = causal_mask(self.query_positions[used], layer.positions)
-        weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))
-        pinned = pinned_mask(
-            layer.positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
-        )
-        layer.v = fit_values(weights, layer.v, outputs, stays & ~pinned, params.value_fit)
+            weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))
+            pinned = pinned_mask(
+                positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
+            )
+            layer.v = fit_values(weights, layer.v, outputs, stays & ~pinned, params.value_fit)
 
     def _weights(
         self, il: int, used: npt.NDArray[np.bool_], mask: FloatArray

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from .attention import FloatArray, attention_scores, causal_mask
 from .cache import KVCache
-from .cells import Layer
 from .plan import check_pinned, n_always
 from .select import PolicyParams, Span, query_range, select_head
 
@@ -65,7 +64,7 @@ class Candidates:
     """What the heads of a layer may hold, in columns of one list of positions.
 
     held (n_head_kv, n) and resident say where a head has such a token; k and v (n_head_kv, n, d)
-    are 0 elsewhere.
+    are 0 elsewhere. memory (n_head_kv, n) is the layer's, 0 for what is archived alone.
     """
 
     positions: npt.NDArray[np.int32]
@@ -73,6 +72,7 @@ class Candidates:
     resident: npt.NDArray[np.bool_]
     k: FloatArray
     v: FloatArray
+    memory: FloatArray
 
 
 class RecallCache(KVCache):
@@ -86,8 +86,6 @@ class RecallCache(KVCache):
     Attributes:
         n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
         n_lost: rows that a snapshot did not carry.
-        drafted: nothing was evicted since the choice for the message last read: what queries got
-            since then tells of the archive, too.
     """
 
     def __init__(self, params: PolicyParams, *, recall: str | None = None, **others: Any) -> None:
@@ -102,18 +100,17 @@ class RecallCache(KVCache):
     def clear(self) -> None:
         super().clear()
         self.archive = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
-        self.drafted = False
 
     def snapshot(self, archive: bool = True) -> dict[str, Any]:
         """archive: whether the copy has it; what one has not is lost where it is restored."""
-        state = {**super().snapshot(), "drafted": self.drafted}
+        state = super().snapshot()
         if archive and self.recall_when is not None:
             state["archive"] = copy.deepcopy(self.archive)
         return state
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         empty = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
-        super().restore({"archive": empty, "drafted": False, **snapshot})
+        super().restore({"archive": empty, **snapshot})
         if self.recall_when is not None and "archive" not in snapshot:
             n_held = int((self.layers[0].positions[0] < self.n_intact).sum())
             self.n_lost += (self.n_intact - n_held) * self.n_layer * self.n_head_kv
@@ -158,18 +155,19 @@ class RecallCache(KVCache):
         ends: RECALL_DRAFT times the budget, as far as there are cells. Whether something came back:
         those tokens are then to be removed and read again. Otherwise nothing was changed.
 
+        Not where probes have looked for the message, and ahead of it: what they kept is more than
+        its own queries know of.
+
         Raises:
             ValueError: more cells are pinned than the budget holds.
         """
-        self.drafted = False
-        if n_message == 0:
+        if self.remembers:
             return False
         n_end = self.n_tokens
         first = n_end - n_message
         check_pinned(self.params, self.params.budget, first, n_end)
         self._archive_leaving(first)
-        self.drafted = self._reselect(self._n_draft(), first, (first, n_end), n_end)
-        return self.drafted
+        return self._reselect(self._n_draft(), first, (first, n_end), n_end)
 
     def _n_draft(self) -> int:
         params, n_draft = self.params, RECALL_DRAFT * self.params.budget
@@ -194,7 +192,6 @@ class RecallCache(KVCache):
                 self._drop(n_end)
                 return
             super()._evict(n_keep, n_intact, queries, n_end, by_probe)
-        self.drafted = False
 
     def _drop(self, n_end: int) -> None:
         """Tokens from n_end on were decoded ahead; nothing else changes."""
@@ -221,14 +218,16 @@ class RecallCache(KVCache):
         resident = np.zeros(shape, bool)
         held = np.broadcast_to(np.isin(positions, archive.positions), shape).copy()
         k, v = (np.zeros((*shape, self.n_embd_head), np.float32) for _ in range(2))
-        at = np.searchsorted(positions, archive.positions)
+        memory = np.zeros(shape, np.float32)
         for head, own in layer.heads():
-            where = np.searchsorted(positions, own)
-            resident[head, where] = held[head, where] = True
-            k[head, where], v[head, where] = layer.k[head], layer.v[head]
+            at = np.searchsorted(positions, own)
+            resident[head, at] = held[head, at] = True
+            k[head, at], v[head, at] = layer.k[head], layer.v[head]
+            memory[head, at] = layer.memory[head]
         # V that was fitted comes back as it was
+        at = np.searchsorted(positions, archive.positions)
         k[:, at], v[:, at] = archive.k[il], archive.v[il]
-        return Candidates(positions, held, resident, k, v)
+        return Candidates(positions, held, resident, k, v, memory)
 
     def _score_candidates(
         self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
@@ -247,8 +246,7 @@ class RecallCache(KVCache):
 
     def _reselect(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> bool:
         """Every head comes to hold the best of what is archived and resident. False: nothing was
-        changed, since no query is held or too little would be new. V is fitted if what the queries
-        got tells of the archive."""
+        changed, since no query is held or too little would be new."""
         first = max(queries[0], self.n_intact)
         used = (self.query_positions >= first) & (self.query_positions < queries[1])
         if not used.any():
@@ -265,10 +263,11 @@ class RecallCache(KVCache):
         def choose(n: int, il: int) -> npt.NDArray[np.int64]:
             """Columns of n tokens for each head of a layer."""
             params, columns = replace(self.params, budget=min(n, n_least)), []
+            rank = self._rank(scores[il], layers[il], int(used.sum()))
             for head in range(self.n_head_kv):
                 own = np.flatnonzero(layers[il].held[head] & may_stay)
-                rank = (params, positions[own], n_intact, scores[il][head, own])
-                columns.append(own[select_head(*rank, ikv=il, head=head)])
+                view = (params, positions[own], n_intact, rank[head, own])
+                columns.append(own[select_head(*view, ikv=il, head=head)])
             return np.stack(columns)
 
         n_first = min(RECALL_LAYERS, self.n_layer)
@@ -276,17 +275,12 @@ class RecallCache(KVCache):
         if not self._is_new(layers[:n_first], [choose(n_budget, il) for il in range(n_first)]):
             self.n_recalls_skipped += 1
             return False
-        fitted = used & (self.query_positions >= self.n_settled)
-        fits = self.drafted and self.params.fits_values and bool(fitted.any())
         for il, (layer, candidates) in enumerate(zip(self.layers, layers, strict=True)):
-            columns, before = choose(n_keep, il), copy.copy(layer)
-            outputs = self._outputs(il, fitted) if fits else None
+            columns = choose(n_keep, il)
             layer.positions = positions[columns]
             layer.k = np.take_along_axis(candidates.k, columns[:, :, None], axis=1)
             layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
             layer.memory = np.zeros(columns.shape, np.float32)
-            if outputs is not None:
-                self._fit_chosen(il, fitted, outputs, before, n_intact, n_end)
         self.n_intact, self.remembers, self.pending = n_intact, False, False
         self._keep_queries(self.query_positions < n_end)
         self.n_tokens, self.n_settled, self.scores = n_end, n_end, scores
@@ -294,28 +288,13 @@ class RecallCache(KVCache):
         self.n_recalls += 1
         return True
 
-    def _fit_chosen(
-        self,
-        il: int,
-        used: npt.NDArray[np.bool_],
-        outputs: FloatArray,
-        before: Layer,
-        n_intact: int,
-        n_end: int,
-    ) -> None:
-        """Fit V of a layer where it is not pinned to the outputs that the queries got `before`.
-        What was decoded ahead is seen, too, until it is dropped."""
-        layer, n = self.layers[il], self.layers[il].positions.shape[1]
-        ahead = int((before.positions[0] >= n_end).sum())
-        if ahead:
-            layer.append(
-                before.positions[0, -ahead:],
-                before.k[:, -ahead:].swapaxes(0, 1),
-                before.v[:, -ahead:].swapaxes(0, 1),
-            )
-        stays = np.ones(layer.positions.shape, bool)
-        self._fit_layer(self.params, il, used, outputs, stays, n_intact)
-        layer.keep(np.broadcast_to(np.arange(n), (self.n_head_kv, n)))
+    def _rank(self, raw: FloatArray, candidates: Candidates, n_queries: int) -> FloatArray:
+        """As KVCache._remember. What had left the cells when a probe looked counts as 0 then."""
+        if not (self.remembers and self.params.needs_lookahead):
+            return raw
+        mean = (raw / np.float32(n_queries)).astype(np.float32)
+        joined = (mean + candidates.memory) * np.float32(0.5)
+        return np.where(candidates.positions < self.n_intact, joined, mean)
 
     def _is_new(self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]) -> bool:
         """Whether enough of what is selected is not resident."""

@@ -321,7 +321,6 @@ void laq_cache::reset(int32_t seq_id) {
     seq.n_settled = 0;
     seq.pending   = std::nullopt;
     seq.remembers = false;
-    seq.drafted   = false;
     seq.fitted    = false;
     if (!keep_rings) {
         seq.ring.forget(0);

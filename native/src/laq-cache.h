@@ -81,7 +81,6 @@ struct laq_seq {
     std::vector<laq_span>      pinned;
     laq_ring                   ring;
     bool                       remembers = false;  // the last eviction was by a probe of the prompt that is being read
-    bool                       drafted   = false;  // chosen for the message last read: outputs tell of the archive, too
     bool                       fitted    = false;  // V of what is below n_intact may not be what the archive has of it
 };
 
@@ -93,7 +92,6 @@ struct laq_saved {
     int32_t                           n_settled;
     std::optional<laq_pending>        pending;
     bool                              remembers;
-    bool                              drafted;
     bool                              fitted;
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
@@ -130,7 +128,6 @@ struct laq_eviction {
     int32_t         n_intact;        // positions from here on are kept whole
     int32_t         n_end;           // tokens from here on are dropped
     bool            recall = false;  // archived tokens may come back
-    bool            fits   = false;  // V of what stays may change
 };
 
 // a captured query and where it is
@@ -233,8 +230,8 @@ struct laq_cache {
     // Score, select, compact, fit: as part of an update of the memory. Throws laq_error and changes nothing if it fails.
     void evict(const laq_eviction & e);
 
-    // As evict(), but from archived and resident tokens together. false = nothing was changed
-    bool reselect(const laq_eviction & e);
+    // Choose from archived and resident tokens together, or do nothing. Returns whether anything came back
+    bool choose_again(const laq_eviction & e);
 
     // the attention of captured queries to the cells of `order`
     laq_scores score(const laq_eviction & e, const std::vector<uint32_t> & order);
@@ -283,10 +280,7 @@ struct laq_cache {
     void init_layers();
     void init_rings();
 
-    // of the cells of a sequence, 1 = no other sequence shares it
-    std::vector<uint8_t> owned(const std::vector<uint32_t> & order) const;
-
-    // order: all cells of the sequence; own: those that are its own. Of the rest, nothing moves.
+    // order: all cells of the sequence; own: 1 = no other sequence shares it. Of the rest, nothing moves.
     laq_kept select(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
                     const laq_scores & scores);
 
@@ -297,10 +291,6 @@ struct laq_cache {
     std::vector<uint32_t> compact(const laq_eviction & e, const std::vector<uint32_t> & order,
                                   const std::vector<uint8_t> & own, const laq_rows & rows);
 
-    // Every head comes to hold `rows`. write: what is to be written where they are now; then V is fitted if `fits`
-    void hold(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
-              laq_rows rows, bool fits, const std::function<void(const std::vector<uint32_t> & dst)> & write);
-
     // the cells `dst` hold what was kept: each head remembers what it scored
     void memorize(const std::vector<uint32_t> & dst, const laq_kept & kept, const laq_scores & now);
 
@@ -310,6 +300,9 @@ struct laq_cache {
     // V of what stays is fitted to the outputs that the queries had; ahead of it all that they see is in the cells `dst`
     void fit_values(const laq_eviction & e, const std::vector<laq_observation> & obs,
                     const std::vector<uint32_t> & dst);
+
+    // Choose from archived and resident tokens together. false = nothing was changed, evict as without an archive
+    bool reselect(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);
 
     // what the cells of `order` scored when a probe looked before joined to what they score now
     void remember(int32_t seq_id, const std::vector<uint32_t> & order, laq_scores & now) const;

@@ -118,8 +118,9 @@ static std::vector<laq_observation> settled(const laq_cache & laq, const laq_evi
     return res;
 }
 
+// what is kept, and what was decoded ahead with it where that is asked for
 static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
-                        const laq_kept & kept) {
+                        const laq_kept & kept, bool with_ahead) {
     laq_rows res(kept.size());
     for (uint32_t ikv = 0; ikv < kept.size(); ++ikv) {
         for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
@@ -127,21 +128,12 @@ static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std
             for (const uint32_t i : kept[ikv][h]) {
                 rows.push_back({ laq.pos_at(e.seq_id, ikv, h, order[i]), (int32_t) order[i] });
             }
-        }
-    }
-    return res;
-}
-
-// what was decoded ahead comes behind the rows of every head
-static void append_ahead(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
-                         laq_rows & rows) {
-    for (auto & layer : rows) {
-        for (std::vector<laq_row> & of_head : layer) {
-            for (uint32_t i = n_before(laq, order, e.n_end); i < order.size(); ++i) {
-                of_head.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
+            for (uint32_t i = n_before(laq, order, e.n_end); with_ahead && i < order.size(); ++i) {
+                rows.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
             }
         }
     }
+    return res;
 }
 
 void laq_cache::drop(std::vector<uint32_t> & cells, uint32_t n_kept) {
@@ -152,49 +144,33 @@ void laq_cache::drop(std::vector<uint32_t> & cells, uint32_t n_kept) {
     kv->v_heads[0] = seqs.size() == 1 ? n_kept : 0;
 }
 
-void laq_cache::hold(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own,
-                     laq_rows rows, bool fits, const std::function<void(const std::vector<uint32_t> & dst)> & write) {
-    const uint32_t n_kept = rows[0][0].size();
-    laq_seq &      seq    = seqs[e.seq_id];
-
-    // what is dropped goes after the fit: its queries see it, and it has their outputs
-    const std::vector<laq_observation> obs = fits ? settled(*this, e) : std::vector<laq_observation>();
-    if (fits) {
-        append_ahead(*this, e, order, rows);
-    }
-    std::vector<uint32_t> dst = compact(e, order, own, rows);
-    write(dst);
-    seq.n_intact = e.n_intact;
-    if (!obs.empty()) {
-        fit_values(e, obs, dst);
-        seq.fitted = true;
-    }
-    drop(dst, n_kept);
-    seq.n_settled = e.n_end;
-    seq.drafted   = false;
-    seq.ring.forget(e.n_end);
-    ++stats.n_evictions;
-}
-
-std::vector<uint8_t> laq_cache::owned(const std::vector<uint32_t> & order) const {
+// cells that another sequence shares stay where they are, whole
+static std::vector<uint8_t> owned(const laq_cache & laq, const std::vector<uint32_t> & order) {
     std::vector<uint8_t> own(order.size());
     std::transform(order.begin(), order.end(), own.begin(),
-                   [&](uint32_t cell) { return cells().seq_count(cell) == 1; });
+                   [&](uint32_t cell) { return laq.cells().seq_count(cell) == 1; });
     return own;
 }
 
-void laq_cache::evict(const laq_eviction & e) {
-    if (e.recall && reselect(e)) {
-        return;
-    }
+bool laq_cache::choose_again(const laq_eviction & e) {
     const std::vector<uint32_t> order = resident(e.seq_id);
-    // cells that another sequence shares stay where they are, whole
-    const std::vector<uint8_t> own = owned(order);
+    laq_archive_leaving(*this, e, order);
+    return reselect(e, order, owned(*this, order));
+}
+
+void laq_cache::evict(const laq_eviction & e) {
+    const std::vector<uint32_t> order = resident(e.seq_id);
+    const std::vector<uint8_t>  own   = owned(*this, order);
     if (recall) {
         laq_archive_leaving(*this, e, order);
     }
-    if (e.recall && n_before(*this, order, e.n_end) <= e.n_keep) {
-        return;
+    if (e.recall) {
+        if (reselect(e, order, own)) {
+            return;
+        }
+        if (n_before(*this, order, e.n_end) <= e.n_keep) {
+            return;
+        }
     }
     const int64_t t_begin = ggml_time_us();
 
@@ -214,17 +190,29 @@ void laq_cache::evict(const laq_eviction & e) {
     const int64_t  t0       = ggml_time_us();
     settle_shared(e.seq_id, order, own);
 
-    const double ms_fit = stats.ms_fit;
-    const bool fits = e.fits && laq_policy_fits(params) && !now.rows.empty() && !std::count(own.begin(), own.end(), 0);
-    hold(e, order, own, rows_of(*this, e, order, kept), fits, [&](const std::vector<uint32_t> & dst) {
-        if (e.scratch) {
-            memorize(dst, kept, now);
-        }
-    });
-    seq.remembers = e.scratch;
+    // a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
+    const bool fits =
+        laq_policy_fits(params) && !e.scratch && !now.rows.empty() && !std::count(own.begin(), own.end(), 0);
+    // what is dropped goes after the fit: its queries see it, and it has their outputs
+    const std::vector<laq_observation> obs = fits ? settled(*this, e) : std::vector<laq_observation>();
+    std::vector<uint32_t>              dst = compact(e, order, own, rows_of(*this, e, order, kept, fits));
+    if (e.scratch) {
+        memorize(dst, kept, now);
+    }
+    seq.n_intact    = e.n_intact;
+    seq.remembers   = e.scratch;
+    const int64_t t = ggml_time_us();
+    if (fits) {
+        fit_values(e, obs, dst);
+        drop(dst, kept[0][0].size());
+        seq.fitted |= !obs.empty();
+    }
+    seq.n_settled = e.n_end;
+    seq.ring.forget(e.n_end);
     stats.ms_score += (t_scored - t_begin) / 1000.0;
     stats.ms_select += (t0 - t_scored) / 1000.0;
-    stats.ms_compact += (ggml_time_us() - t0) / 1000.0 - (stats.ms_fit - ms_fit);
+    stats.ms_compact += (t - t0) / 1000.0;
+    ++stats.n_evictions;
 }
 
 int32_t laq_cache::intact_from(int32_t seq_id, int32_t n_prompt) const {
@@ -236,7 +224,7 @@ void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep, bool recall) {
     const int32_t n_prompt = std::max(0, n_end - (int32_t) laq_policy_ahead(params));
 
     evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false, intact_from(seq_id, n_prompt), n_end,
-            recall, true });
+            recall });
     seqs[seq_id].pending.reset();
 }
 
@@ -261,7 +249,7 @@ void laq_cache::evict_pending(int32_t seq_id, laq_recall_when when) {
     const bool recall = recalls(seq_id, when);
     if (n_resident(seq_id) > params.n_kv_budget || recall) {
         evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false,
-                intact_from(seq_id, n_prompt), n_end, recall, true });
+                intact_from(seq_id, n_prompt), n_end, recall });
     }
 }
 

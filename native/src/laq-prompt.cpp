@@ -229,31 +229,36 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
     laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
 }
 
-void laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
+bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
+    // probes have looked for this message, and ahead of it: what they kept is more than its own queries know of
+    if (laq.seqs[seq_id].remembers) {
+        return false;
+    }
     const uint32_t n_most = laq_policy_message(laq.params_of(seq_id));
     const uint32_t n_room = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
     const uint32_t n_keep = laq_policy_draft(laq.params, n_room);
 
-    laq.seqs[seq_id].drafted = false;
+    bool drafted = false;
     for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
         const int32_t                  n_prompt = laq.n_tokens(seq_id);
         const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
         const int32_t                  first    = n_prompt - (int32_t) tail.size();
+        bool                           is_new   = false;
         if (tail.empty()) {
-            return;
+            break;
         }
-        bool is_new = false;
         laq.run_update(
-            [&] { is_new = laq.reselect({ seq_id, n_keep, { first, n_prompt }, false, first, n_prompt, true }); });
+            [&] { is_new = laq.choose_again({ seq_id, n_keep, { first, n_prompt }, false, first, n_prompt, true }); });
         if (!is_new) {
-            return;  // what it looks at is here
+            break;  // what it looks at is here
         }
-        laq.seqs[seq_id].drafted = true;
+        drafted = true;
         read_again(laq, seq_id, tail);
     }
+    return drafted;
 }
 
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted) {
     const std::vector<float> logits   = last_logits(laq);
     const int32_t            n_prompt = laq.n_tokens(seq_id);
     const uint32_t           n_before = laq.stats.n_recalls;
@@ -262,7 +267,7 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
     // Those that stay whole, unless they were read in view of more already. Reading more of them again would take cells
     // from the tokens that come back.
     std::vector<llama_token> tail;
-    if (recall && !laq.seqs[seq_id].drafted) {
+    if (recall && !drafted) {
         tail = laq.recall->tail(laq, seq_id, n_prompt, laq_policy_window(laq.params));
     }
 
@@ -280,7 +285,7 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id) {
         const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         const int32_t n_intact = laq.intact_from(seq_id, n_prompt);
         laq.run_update(
-            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall, true }); });
+            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall }); });
     } catch (...) {
         restore();
         throw;

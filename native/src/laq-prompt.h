@@ -9,9 +9,10 @@ struct laq_cache;
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens);
 
 // The paper's lookahead pass (arXiv 2505.20334, section 3): decode n_lookahead greedy tokens, evict by their queries,
-// drop them, and put the prompt's last logits back. Throws laq_error; the cache then holds the whole prompt still.
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id);
+// drop them, and put the prompt's last logits back. With an archive the last tokens are then read again, unless they were
+// `drafted`. Throws laq_error; the cache then holds the whole prompt still.
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted);
 
 // A message was read while what it looks at may not have been there: n_recall_rounds times, its last tokens select by
-// their own queries and are read again. Throws laq_error.
-void laq_recall_for_message(laq_cache & laq, int32_t seq_id);
+// their own queries what is looked ahead from, and are read again. Returns whether anything came back. Throws laq_error.
+bool laq_recall_for_message(laq_cache & laq, int32_t seq_id);

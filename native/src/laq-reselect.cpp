@@ -56,7 +56,6 @@ struct reselection {
     const std::vector<uint32_t> &        order;
     const std::vector<laq_observation> & obs;
 
-    const bool           fits;  // V is fitted afterwards: what was decoded ahead stays until then
     laq_params           params;
     std::vector<int32_t> archived;
     std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
@@ -75,8 +74,7 @@ struct reselection {
 
     reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
                 const std::vector<laq_observation> & obs) :
-        laq(laq), e(e), order(order), obs(obs),
-        fits(e.fits && laq_policy_fits(laq.params) && laq.seqs[e.seq_id].drafted), params(laq.params_of(e.seq_id)) {}
+        laq(laq), e(e), order(order), obs(obs), params(laq.params_of(e.seq_id)) {}
 
     result run();
     void   keep_scores() const;
@@ -92,9 +90,11 @@ struct reselection {
                        const laq_cell_rows & cells, uint8_t * dst) const;
     void        set_mask(const std::vector<laq_row> & rows);
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
-    void        choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
-    bool        fetch(uint32_t ikv, const archive_part & keys);
-    result      run_layer(uint32_t ikv);
+    std::vector<float> remembered(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv,
+                                  uint32_t h) const;
+    void               choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    bool               fetch(uint32_t ikv, const archive_part & keys);
+    result             run_layer(uint32_t ikv);
 };
 
 // tokens that every head can hold, at most what the eviction asks for
@@ -103,8 +103,7 @@ uint32_t reselection::n_kept() const {
     for (const uint32_t cell : order) {
         n_own += laq.cells().pos_get(cell) < e.n_end;
     }
-    const uint32_t n_ahead = fits ? order.size() - n_own : 0;
-    uint32_t       n_least = UINT32_MAX;
+    uint32_t n_least = UINT32_MAX;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
             uint32_t n_both = 0;
@@ -114,7 +113,7 @@ uint32_t reselection::n_kept() const {
             n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
         }
     }
-    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - n_ahead;
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size();
     return std::min({ e.n_keep, n_least, n_room });
 }
 
@@ -202,6 +201,24 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
     op.scale       = layer.kq_scale;
     op.softcap     = layer.softcap;
     return op;
+}
+
+// As laq_cache::remember(). What had left the cells when a probe looked counts as nothing then.
+std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv,
+                                           uint32_t h) const {
+    const laq_seq &    seq = laq.seqs[e.seq_id];
+    std::vector<float> res(s, s + of_head.size());
+    if (!seq.remembers || !laq_policy_needs_lookahead(params)) {
+        return res;
+    }
+    const float * memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
+    for (size_t i = 0; i < res.size(); ++i) {
+        res[i] /= (float) obs.size();
+        if (of_head[i].pos < seq.n_intact) {
+            res[i] = (res[i] + (of_head[i].cell < 0 ? 0.0f : memory[of_head[i].cell])) * 0.5f;
+        }
+    }
+    return res;
 }
 
 void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
@@ -298,7 +315,7 @@ reselection::result reselection::run_layer(uint32_t ikv) {
             gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered.data() + i0 * n_row);
         };
         laq.recall->scorer.score(ikv, op, scores[ikv].data() + begin);
-        choose(of_head, scores[ikv].data() + begin, ikv, h);
+        choose(of_head, remembered(of_head, scores[ikv].data() + begin, ikv, h).data(), ikv, h);
         if (laq.debug) {
             candidates[ikv].push_back(std::move(of_head));
         }
@@ -388,10 +405,8 @@ void reselection::upload(const std::vector<uint32_t> & dst) const {
 
 }  // namespace
 
-bool laq_cache::reselect(const laq_eviction & e) {
-    const std::vector<uint32_t> order = resident(e.seq_id);
-    const std::vector<uint8_t>  own   = owned(order);
-    laq_archive_leaving(*this, e, order);
+bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
+                         const std::vector<uint8_t> & own) {
     if (std::count(own.begin(), own.end(), 0) > 0) {
         LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
                        __func__);
@@ -401,8 +416,7 @@ bool laq_cache::reselect(const laq_eviction & e) {
     if (obs.empty()) {
         return false;
     }
-    const double  ms_fit = stats.ms_fit;
-    const int64_t t0     = ggml_time_us();
+    const int64_t t0 = ggml_time_us();
     ctx->synchronize();
 
     reselection s(*this, e, order, obs);
@@ -417,13 +431,17 @@ bool laq_cache::reselect(const laq_eviction & e) {
         if (debug) {
             s.keep_scores();
         }
-        hold(e, order, own, s.rows, s.fits, [&](const std::vector<uint32_t> & dst) {
-            s.upload(dst);
-            seqs[e.seq_id].fitted = false;
-        });
-        seqs[e.seq_id].remembers = false;
+        s.upload(compact(e, order, own, s.rows));
+        // What the queries got does not tell of what has come back: nothing is fitted to it.
+        laq_seq & seq = seqs[e.seq_id];
+        seq.fitted    = false;
+        seq.n_intact  = e.n_intact;
+        seq.n_settled = e.n_end;
+        seq.remembers = false;
+        seq.ring.forget(e.n_end);
         ++stats.n_recalls;
+        ++stats.n_evictions;
     }
-    stats.ms_recall += (ggml_time_us() - t0) / 1000.0 - (stats.ms_fit - ms_fit);
+    stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
     return res == reselection::result::DONE;
 }

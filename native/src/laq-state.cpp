@@ -104,7 +104,6 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         put(io, seq.n_intact);
         put(io, seq.n_settled);
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
-        put<uint32_t>(io, seq.drafted);
         put<uint32_t>(io, seq.fitted);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
@@ -261,8 +260,7 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         if (n_prompt >= 0) {
             s.pending = laq_pending{ n_prompt };
         }
-        s.drafted = get<uint32_t>(io) != 0;
-        s.fitted  = get<uint32_t>(io) != 0;
+        s.fitted = get<uint32_t>(io) != 0;
         read_origin(laq, io, s);
         read_ring(laq, io, s);
         read_archive(laq, io, s);
@@ -293,7 +291,6 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.n_settled = saved.has_outputs ? saved.n_settled : laq.n_tokens(saved.seq_id);
         seq.pending   = saved.pending;
         seq.remembers = saved.remembers;
-        seq.drafted   = saved.drafted;
         seq.fitted    = saved.fitted;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;

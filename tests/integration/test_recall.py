@@ -72,7 +72,8 @@ def test_a_message_brings_together_what_is_looked_ahead_from(
     size = {"kv_budget": budget, "kv_staging": staging}
     llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **{**SETTINGS, **size})
     assert llm.kv_stats().n_cells == 256
-    llm.eval(tokens_of(400, seed=1))
+    turn(llm, [], 1, 230)
+    llm.eval(tokens_of(40, seed=2))
     stats = llm.kv_stats()
     assert stats.n_recalls == 1
     assert stats.n_resident == n_draft, "twice the budget, or all cells but the lookahead's"
@@ -98,15 +99,21 @@ def test_values_that_were_fitted_come_back_as_they_were(tiny_gguf: Callable[...,
                 n += (row != rows.archived(0, 0, True, int(position))).any()
         return n
 
-    prompt = turn(llm, [], 1, 400)
-    n_fitted = n_moved()
-    assert n_fitted > 40 and llm.kv_stats().ms_fit > 0
-    prompt = turn(llm, prompt, 2)
-    assert n_moved() > 40, "fitted after a re-selection, too"
+    prompt = turn(llm, [], 1, 230)
+    assert n_moved() > 40 and llm.kv_stats().ms_fit > 0
     llm.set_eviction(value_fit=0)
-    ms_fit = llm.kv_stats().ms_fit
-    turn(llm, prompt, 3)
-    assert n_moved() == 0 and llm.kv_stats().ms_fit == ms_fit
+    turn(llm, prompt, 2)
+    assert llm.kv_stats().n_recalls > 0 and n_moved() == 0
+
+
+def test_a_message_that_probes_have_looked_for_does_not_choose_for_itself(
+    tiny_gguf: Callable[..., Path],
+) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm.eval(tokens_of(400, seed=1))
+    stats = llm.kv_stats()
+    assert stats.n_probe > 0 and stats.n_archived > 0
+    assert stats.n_recalls == stats.n_recalls_skipped == stats.n_reread == 0
 
 
 def test_without_recall_nothing_is_archived(tiny_gguf: Callable[..., Path]) -> None:

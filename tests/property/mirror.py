@@ -176,11 +176,10 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            if self._chooses_for_message():
-                message = self._tail(message_size(params))
-                if cache.choose_for_message(len(message)):
-                    self._read_again(message)
-            drafted = cache.drafted
+            message = self._tail(message_size(params)) if self._chooses_for_message() else []
+            drafted = bool(message) and cache.choose_for_message(len(message))
+            if drafted:
+                self._read_again(message)
             tail = self._tail(params.window) if looks_ahead else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)
