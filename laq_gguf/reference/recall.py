@@ -25,7 +25,7 @@ RECALLS = ("never", "turn", "always")
 RECALL_NEW, RECALL_LAYERS = 0.02, 4
 #: A message's choice holds so many times the budget, as far as there are cells, until the lookahead
 #: is generated from it.
-RECALL_DRAFT = 2
+RECALL_DRAFT = 3
 
 
 def message_size(params: PolicyParams) -> int:

@@ -77,7 +77,7 @@ uint32_t laq_policy_message(const laq_params & params);
 
 // Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then
 // the budget is chosen. So many times the budget, if the n_room cells that the sequence can have hold them and a lookahead
-constexpr uint64_t LAQ_RECALL_DRAFT = 2;
+constexpr uint64_t LAQ_RECALL_DRAFT = 3;
 uint32_t           laq_policy_draft(const laq_params & params, uint32_t n_room);
 
 // tokens of the lookahead, and cells that stay free for the probe while a prompt is read

@@ -323,8 +323,8 @@ static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resi
 
 static void test_draft() {
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
-    CHECK(laq_policy_draft(params, 1024) == 512);
-    CHECK(laq_policy_draft(params, 512 + params.n_lookahead) == 512);
+    CHECK(laq_policy_draft(params, 1024) == 768);
+    CHECK(laq_policy_draft(params, 768 + params.n_lookahead) == 768);
     CHECK(laq_policy_draft(params, 512) == 512 - params.n_lookahead);
     CHECK(laq_policy_draft(params, 256) == 256);  // never less than what stays
     params.policy = LAQ_POLICY_SNAPKV;            // looks at nothing ahead
