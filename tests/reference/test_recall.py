@@ -1,0 +1,87 @@
+"""The reference's archive: what a message brings together, and how tokens come back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from laq_gguf.reference import PolicyParams, RecallCache
+from reference.made import SHAPE, check_cells, make_room, tokens
+
+
+def opened(*, n_cells: int | None = None, recall: str | None = "turn", **params) -> RecallCache:
+    rules = {"budget": 32, "probe_size": 12, "lookahead": "pseudo", "value_fit": 0}
+    made = PolicyParams(**{**rules, **params})
+    return RecallCache(made, recall=recall, **SHAPE, n_cells=n_cells, n_batch=32)
+
+
+def say(cache: RecallCache, n: int, seed: int = 0) -> None:
+    """A message of n tokens that fits, and the end of the prompt."""
+    cache.append(tokens(n, seed=seed, first=cache.n_tokens))
+    cache.prompt_end(tokens(8, seed=seed + 1, first=cache.n_tokens))
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "n_draft"), [(None, 96), (200, 96), (100, 92), (40, 32)], ids=str
+)
+def test_a_message_brings_together_more_than_the_budget(n_cells: int | None, n_draft: int) -> None:
+    cache = opened()
+    say(cache, 150)
+    cache.n_cells = n_cells
+    message = tokens(6, seed=5, first=cache.n_tokens)
+    cache.append(message)
+    assert cache.choose_for_message(6)
+    assert cache.n_resident == n_draft
+    held = cache.layers[0].positions
+    assert (held[:, -6:] == np.arange(150, 156)).all(), "the message stays whole"
+    check_cells(cache)
+
+
+def test_nothing_is_brought_for_what_is_there() -> None:
+    cache = opened()
+    say(cache, 60)
+    cache.archive.positions = cache.archive.positions[:0]
+    cache.archive.k, cache.archive.v = cache.archive.k[:, :, :0], cache.archive.v[:, :, :0]
+    cache.append(tokens(4, seed=3, first=cache.n_tokens))
+    before = cache.positions
+    assert not cache.choose_for_message(4)
+    np.testing.assert_array_equal(cache.positions, before)
+    assert cache.n_recalls_skipped == 1
+
+
+def test_values_that_were_fitted_come_back_as_they_were() -> None:
+    cache = opened(value_fit=0.01)
+    say(cache, 150)
+    fitted = [
+        (layer.v[head, :, 0] != positions).any()
+        for layer in cache.layers
+        for head, positions in layer.heads()
+    ]
+    assert all(fitted)
+    cache.append(tokens(6, seed=5, first=cache.n_tokens))
+    assert cache.choose_for_message(6)
+    check_cells(cache)
+
+
+def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
+    cache = opened(n_cells=100)
+    for _ in range(5):
+        make_room(cache, chunk := cache.plan(90))
+        cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
+    assert cache.remembers and len(cache.archive.positions)
+    before = cache.positions
+    assert not cache.choose_for_message(6), "they have looked for it already"
+    np.testing.assert_array_equal(cache.positions, before)
+
+    # a token that all probes saw beats one that only this lookahead looks at as much
+    remembered, forgotten = (cache.snapshot() for _ in range(2))
+    for layer in remembered["layers"]:
+        layer.memory[:] = 1
+    n_back = []
+    for state in (remembered, forgotten):
+        cache.restore(state)
+        cache.remembers = state is remembered
+        cache.prompt_end(tokens(8, seed=9, first=cache.n_tokens))
+        below = cache.layers[0].positions < cache.n_intact
+        n_back.append(int((~np.isin(cache.layers[0].positions, before) & below).sum()))
+    assert n_back[0] == 0 < n_back[1]
