@@ -139,6 +139,11 @@ struct laq_observation {
 // Those that the eviction asks for and that are held.
 std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_eviction & e);
 
+// what a token scores now, mean over the queries, with what it scored when a probe last looked
+inline float laq_joined(float now, float before) {
+    return (now + before) * 0.5f;
+}
+
 // indices into view of what stays of one head, n_shared cells of other sequences aside
 std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
                                        uint32_t n_shared);

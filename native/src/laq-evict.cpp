@@ -32,7 +32,7 @@ void laq_cache::remember(int32_t seq_id, const std::vector<uint32_t> & order, la
             for (size_t i = 0; i < order.size(); ++i) {
                 s[i] /= (float) now.n_queries;
                 if (seqs[seq_id].remembers && cells().pos_get(order[i]) < seqs[seq_id].n_intact) {
-                    s[i] = (s[i] + memory[order[i]]) * 0.5f;
+                    s[i] = laq_joined(s[i], memory[order[i]]);
                 }
             }
         }

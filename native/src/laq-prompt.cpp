@@ -88,12 +88,10 @@ static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float>
 // drop tokens that were decoded ahead, and their queries
 static void forget_from(laq_cache & laq, int32_t seq_id, int32_t pos) {
     // their cells are gone after an eviction, and still there if something failed
-    laq_seq &  seq       = laq.seqs[seq_id];
-    const bool remembers = seq.remembers;
+    const bool remembers = laq.seqs[seq_id].remembers;
     laq.kv->seq_rm(seq_id, pos, -1);
-    seq.ring.forget(pos);
-    seq.n_settled = std::min(seq.n_settled, pos);
-    seq.remembers = remembers;
+    laq.seqs[seq_id].ring.forget(pos);
+    laq.seqs[seq_id].remembers = remembers;
 }
 
 //

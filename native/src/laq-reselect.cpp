@@ -206,16 +206,12 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
 // As laq_cache::remember(). What had left the cells when a probe looked counts as nothing then.
 std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv,
                                            uint32_t h) const {
-    const laq_seq &    seq = laq.seqs[e.seq_id];
-    std::vector<float> res(s, s + of_head.size());
-    if (!seq.remembers || !laq_policy_needs_lookahead(params)) {
-        return res;
-    }
-    const float * memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
+    const float *      memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
+    std::vector<float> res(of_head.size());
     for (size_t i = 0; i < res.size(); ++i) {
-        res[i] /= (float) obs.size();
-        if (of_head[i].pos < seq.n_intact) {
-            res[i] = (res[i] + (of_head[i].cell < 0 ? 0.0f : memory[of_head[i].cell])) * 0.5f;
+        res[i] = s[i] / (float) obs.size();
+        if (of_head[i].pos < laq.seqs[e.seq_id].n_intact) {
+            res[i] = laq_joined(res[i], of_head[i].cell < 0 ? 0.0f : memory[of_head[i].cell]);
         }
     }
     return res;
@@ -230,17 +226,22 @@ void reselection::choose(const std::vector<laq_row> & of_head, const float * s, 
     }
     const laq_head_view    view   = { pos.data(), s, (uint32_t) pos.size(), e.n_intact };
     std::vector<laq_row> & chosen = rows[ikv].emplace_back();
-    for (const uint32_t i : laq_keep_of_head(params, ikv, h, view, 0)) {
+    std::vector<uint32_t>  kept   = laq_keep_of_head(params, ikv, h, view, 0);
+    for (const uint32_t i : kept) {
         chosen.push_back(of_head[i]);
     }
-    if (ikv < LAQ_RECALL_LAYERS) {
-        laq_params p  = params;
-        p.n_kv_budget = std::min(params.n_kv_budget, laq.params.n_kv_budget);
-        for (const uint32_t i : laq_keep_of_head(p, ikv, h, view, 0)) {
-            n_same += of_head[i].cell >= 0;
-            ++n_all;
-        }
+    if (ikv >= LAQ_RECALL_LAYERS) {
+        return;
     }
+    if (params.n_kv_budget > laq.params.n_kv_budget) {
+        laq_params p  = params;
+        p.n_kv_budget = laq.params.n_kv_budget;
+        kept          = laq_keep_of_head(p, ikv, h, view, 0);
+    }
+    for (const uint32_t i : kept) {
+        n_same += of_head[i].cell >= 0;
+    }
+    n_all += kept.size();
 }
 
 // false: a block was lost
@@ -315,7 +316,12 @@ reselection::result reselection::run_layer(uint32_t ikv) {
             gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered.data() + i0 * n_row);
         };
         laq.recall->scorer.score(ikv, op, scores[ikv].data() + begin);
-        choose(of_head, remembered(of_head, scores[ikv].data() + begin, ikv, h).data(), ikv, h);
+        const float * raw = scores[ikv].data() + begin;
+        if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
+            choose(of_head, remembered(of_head, raw, ikv, h).data(), ikv, h);
+        } else {
+            choose(of_head, raw, ikv, h);
+        }
         if (laq.debug) {
             candidates[ikv].push_back(std::move(of_head));
         }
