@@ -47,6 +47,8 @@ _INT32_MAX = 2**31 - 1
 CELL_STEP = 256
 #: prompt tokens that must fit beside the probe, or a long prompt is read in crumbs
 MIN_CHUNK = 32
+#: tokens that a probe looks ahead, at most (LAQ_PROBE_AHEAD of native/src/laq-policy.h)
+PROBE_AHEAD = 8
 
 _BYTE_UNITS = {
     "": 1,
@@ -171,7 +173,7 @@ class LaqConfig:
 
     kv_policy: str = "laq++"
     lookahead: str = "deferred"
-    lookahead_size: int = 8
+    lookahead_size: int = 32
     window_size: int = 8
     n_sink: int = 4
     pinned: tuple[tuple[int, int], ...] = field(default=())
@@ -224,8 +226,12 @@ class LaqConfig:
         """Cells beyond the budget that a prompt needs that is read in chunks."""
         room = 0
         if self.kv_policy in LOOKAHEAD_POLICIES:
-            room = self.probe_size + self.lookahead_size
+            room = max(self.probe_size + self._probe_ahead, self.lookahead_size)
         return room + MIN_CHUNK
+
+    @property
+    def _probe_ahead(self) -> int:
+        return min(self.lookahead_size, PROBE_AHEAD)
 
     def cache_size(
         self, kv_budget: Any, kv_staging: Any, n_ctx: int, bytes_per_cell: Callable[[], int]
@@ -270,7 +276,10 @@ class LaqConfig:
             lower, parts = "", f"{MIN_CHUNK} tokens of the prompt"
             if self.kv_policy in LOOKAHEAD_POLICIES:
                 lower = ", or lower probe_size or lookahead_size"
-                parts += f", probe_size={self.probe_size}, lookahead_size={self.lookahead_size}"
+                if self.lookahead_size > self.probe_size + self._probe_ahead:
+                    parts += f", lookahead_size={self.lookahead_size}"
+                else:
+                    parts += f", probe_size={self.probe_size} and {self._probe_ahead} after them"
             raise LaqArgumentError(
                 f"kv_staging={kv_staging} is too small: a prompt that does not fit is read in "
                 f"chunks, and those need {self.min_staging} cells beyond the budget ({parts}); "

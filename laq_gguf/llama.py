@@ -61,7 +61,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         kv_staging: int | None = None,
         kv_policy: str = "laq++",
         lookahead: str = "deferred",
-        lookahead_size: int = 8,
+        lookahead_size: int = 32,
         window_size: int = 8,
         n_sink: int = 4,
         pinned: Sequence[tuple[int, int]] | None = None,
@@ -106,7 +106,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 are really generated; "pseudo": greedy tokens, decoded and dropped before the
                 first one is sampled; "position": newlines at the positions that follow, in one
                 pass, to compare with: nothing is generated.
-            lookahead_size: lookahead tokens.
+            lookahead_size: lookahead tokens; a probe looks ahead 8 of them at most.
             window_size: last prompt tokens that every head keeps (snapkv: snapkv_window).
             n_sink: first positions, always kept.
             pinned: spans (first, end) of positions that are always kept.

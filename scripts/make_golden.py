@@ -39,14 +39,14 @@ OUT = ROOT / "tests" / "golden" / "reference.npz"
 
 N_LAYER, N_HEAD, N_HEAD_KV, D = 2, 6, 2, 8
 N_PROMPT, N_AHEAD, N_LATER = 96, 8, 24
-PARAMS = {"budget": 40, "snapkv_window": 16, "pinned": ((20, 24),), "seed": 5}
+PARAMS = {"budget": 40, "lookahead_size": 8, "snapkv_window": 16, "pinned": ((20, 24),), "seed": 5}
 CAP = {"n_cells": 80, "n_batch": 24}
 N_PLANS = 400
 #: Columns of in_plans, one situation a row, with the ranges [low, high) that they are drawn from.
 PLAN_COLUMNS = {
     "policy": (0, len(POLICIES)),  # index into POLICIES
     "budget": (1, 200),
-    "lookahead_size": (1, 12),
+    "lookahead_size": (1, 40),
     "probe_size": (1, 64),
     "chunk_size": (0, 64),
     "n_cells": (64, 512),

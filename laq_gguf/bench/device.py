@@ -19,9 +19,9 @@ from laq_gguf.bench.options import add_common, check_model, integers, llama_opti
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.speed import N_WARM_UP, bar, eviction, eviction_ms, ratios
 from laq_gguf.bench.worker import Worker, WorkerError
-from laq_gguf.config import round_cells
+from laq_gguf.config import LaqConfig, round_cells
 
-LOOKAHEAD_SIZE = 8
+LOOKAHEAD_SIZE = LaqConfig.lookahead_size
 N_MESSAGE = 32  # tokens of the message that chooses again
 NOTES = [
     "decode steps of the full cache: those between the prompt and its eviction, when the whole "

@@ -76,7 +76,15 @@ METHODS: dict[str, Method] = {
     "random": Method({"kv_policy": "random"}),
     "snapkv": Method({"kv_policy": "snapkv"}),
     # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut; it follows no copies
-    "laq": Method({"kv_policy": "laq", "draft": "snapkv", "follow_size": 0, **PSEUDO}),
+    "laq": Method(
+        {
+            "kv_policy": "laq",
+            "draft": "snapkv",
+            "lookahead_size": 8,
+            "follow_size": 0,
+            **PSEUDO,
+        }
+    ),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
     # queries of placeholders that know only where they stand: is generating worth it
     "position": Method({"kv_policy": "laq++", "lookahead": "position"}),

@@ -17,7 +17,7 @@ from .attention import FloatArray, attention_scores, attention_weights, causal_m
 from .cells import Cells, Layer, Tokens
 from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk
 from .select import PolicyParams, Span, pinned_mask, query_range, select_head
-from .values import attention_outputs, fit_values
+from .values import FIT_QUERIES, attention_outputs, fit_values
 
 
 class KVCache(Cells):
@@ -217,7 +217,7 @@ class KVCache(Cells):
             )
         n_keep, n_intact = self.n_resident - n_evict, self._intact(n_end)
         check_pinned(params, n_keep, n_intact, n_end)
-        probe = None if probe is None else probe[: n_probe + params.lookahead_size]
+        probe = None if probe is None else probe[: n_probe + params.probe_ahead]
         if probe is not None and not self.fits(len(probe)):
             raise ValueError(f"a probe of {len(probe)} tokens finds {self.n_free} free cells")
         if probe is not None:
@@ -252,7 +252,7 @@ class KVCache(Cells):
             raise ValueError("policy 'full' never evicts: choose another policy")
         if self.n_resident <= n_keep:
             return
-        n_prompt = max(self.n_tokens - (params.lookahead_size if params.needs_lookahead else 0), 0)
+        n_prompt = max(self.n_tokens - params.ahead, 0)
         n_intact = self._intact(n_prompt)
         check_pinned(params, n_keep, n_intact, self.n_tokens)
         queries = query_range(params, n_prompt, self.n_tokens)
@@ -360,9 +360,11 @@ class KVCache(Cells):
         n_intact: int,
     ) -> None:
         """Fit V where it is kept and not pinned. What is dropped with this eviction is seen, too:
-        its queries are among those that are fitted to, as far as they read what is there now.
+        its queries are among those that are fitted to, as far as they read what is there now: the
+        last FIT_QUERIES.
         """
         used = used & (self.query_positions >= self.n_settled)
+        used[np.flatnonzero(used)[:-FIT_QUERIES]] = False
         if not used.any():
             return
         for il, layer in enumerate(self.layers):

@@ -37,8 +37,7 @@ def default_chunk(params: PolicyParams, n_cells: int) -> int:
     Larger chunks need fewer evictions, but each cuts deeper into what has been read: one that takes
     all of the staging cuts down to the budget every time.
     """
-    room = params.probe_size + params.lookahead_size if params.needs_lookahead else 0
-    return max(MIN_CHUNK, (n_cells - room) // 3)
+    return max(MIN_CHUNK, (n_cells - params.room) // 3)
 
 
 def plan_chunk(
@@ -59,15 +58,13 @@ def plan_chunk(
         n_left: tokens of the prompt that are not decoded yet.
         n_batch: tokens that one batch may have.
     """
-    looks_ahead = params.needs_lookahead
-    ahead = params.lookahead_size if looks_ahead else 0
-    room = params.probe_size + ahead if looks_ahead else 0
+    looks_ahead, room = params.needs_lookahead, params.room
     free = n_cells - n_used
     if params.policy == "full":
         return ChunkPlan(max(min(n_left, n_batch, free), 0))
     # the rest fits: it is evicted once, with all of it in view. So it is, with less to look ahead
     # in, where nothing could be evicted now
-    if n_left + ahead <= free or (n_left <= free and n_resident <= params.budget):
+    if n_left + params.ahead <= free or (n_left <= free and n_resident <= params.budget):
         return ChunkPlan(min(n_left, n_batch))
     step = min(n_batch, n_left, params.chunk_size or n_batch)
     if free - room >= step:
@@ -76,7 +73,7 @@ def plan_chunk(
     n_evict = min(step + room - free, max(n_resident - params.budget, 0))
     n_tokens = min(step, free + n_evict - room)
     # the probe is decoded before anything is freed
-    n_probe = min(params.probe_size, n_left, free - ahead) if looks_ahead else 0
+    n_probe = min(params.probe_size, n_left, free - params.probe_ahead) if looks_ahead else 0
     if n_tokens < 1 or (looks_ahead and n_probe < 1):
         return ChunkPlan(0)
     return ChunkPlan(n_tokens, n_evict, n_probe)
@@ -107,4 +104,4 @@ def check_pinned(params: PolicyParams, n_keep: int, n_intact: int, n_end: int) -
 def n_always(params: PolicyParams) -> int:
     """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
     fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
-    return len(fixed) + params.window + (params.lookahead_size if params.needs_lookahead else 0)
+    return len(fixed) + params.window + params.ahead

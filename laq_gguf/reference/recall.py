@@ -143,7 +143,7 @@ class RecallCache(KVCache):
         if self.pending:
             self.flush("never")
         elif self.recalls("never"):
-            n_prompt = max(n_end - (params.lookahead_size if params.needs_lookahead else 0), 0)
+            n_prompt = max(n_end - params.ahead, 0)
             n_intact = self._intact(n_prompt)
             check_pinned(params, params.budget, n_intact, n_end)
             queries = query_range(params, n_prompt, n_end)
@@ -172,8 +172,7 @@ class RecallCache(KVCache):
     def _n_draft(self) -> int:
         params, n_draft = self.params, RECALL_DRAFT * self.params.budget
         if self.n_cells is not None:
-            n_ahead = params.lookahead_size if params.needs_lookahead else 0
-            n_draft = min(n_draft, self.n_cells - self.n_foreign - n_ahead)
+            n_draft = min(n_draft, self.n_cells - self.n_foreign - params.ahead)
         return max(n_draft, params.budget)
 
     def _evict(

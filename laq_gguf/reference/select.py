@@ -25,6 +25,9 @@ DRAFTS = ("full", "snapkv")
 _ATTENTION_POLICIES = ("laq", "laq++", "snapkv")
 _LOOKAHEAD_POLICIES = ("laq", "laq++")
 
+#: Tokens that a probe looks ahead, at most.
+PROBE_AHEAD = 8
+
 #: A head copies when its best key has this share of the attention to keys that are not pinned.
 COPY_SHARE = 0.07
 
@@ -39,7 +42,7 @@ class PolicyParams:
     policy: str = "laq++"
     lookahead: str = "deferred"
     draft: str = "full"
-    lookahead_size: int = 8
+    lookahead_size: int = 32
     window_size: int = 8
     snapkv_window: int = 32
     n_sink: int = 4
@@ -89,6 +92,23 @@ class PolicyParams:
     @property
     def needs_lookahead(self) -> bool:
         return self.policy in _LOOKAHEAD_POLICIES
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of the lookahead."""
+        return self.lookahead_size if self.needs_lookahead else 0
+
+    @property
+    def probe_ahead(self) -> int:
+        """Tokens that a probe looks ahead: it is made for every chunk, and what it misses is looked
+        for again."""
+        return min(self.ahead, PROBE_AHEAD)
+
+    @property
+    def room(self) -> int:
+        """Cells that stay free while a prompt is read: for the probe, and for the lookahead from
+        its end."""
+        return max(self.probe_size + self.probe_ahead, self.ahead) if self.needs_lookahead else 0
 
     @property
     def fits_values(self) -> bool:

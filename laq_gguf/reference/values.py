@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from .attention import FloatArray
 
+#: Values are fitted to so many of the last observed queries: the cost grows with their square.
+FIT_QUERIES = 32
+
 
 def attention_outputs(weights: npt.NDArray[np.float64], v: npt.ArrayLike) -> FloatArray:
     """What each query gets: (n_head_kv, n_group, n_queries, d_v) float32.

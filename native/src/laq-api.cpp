@@ -80,7 +80,7 @@ laq_params laq_default_params(void) {
     p.draft           = LAQ_DRAFT_FULL;
     p.pooling         = LAQ_POOLING_MAX;
     p.score_kernel    = LAQ_SCORE_KERNEL_AUTO;
-    p.n_lookahead     = 8;
+    p.n_lookahead     = 32;
     p.n_probe         = 48;
     p.n_window        = 8;
     p.n_window_snapkv = 32;
@@ -232,7 +232,7 @@ laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
         laq_check(laq->captures_outputs || !laq_policy_fits(p),
                   "value_fit needs outputs, which the settings of laq_attach() did not: attach with these, or use 0");
         laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
-                      p.n_window + p.n_lookahead <= laq->scratch.pos.size(),
+                      p.n_window + laq_policy_probe_ahead(p) <= laq->scratch.pos.size(),
                   "window_size, snapkv_window and lookahead_size need more queries than were allocated");
         for (const laq_seq & seq : laq->seqs) {
             laq_check(!seq.pending, "an eviction waits: call laq_flush() first");

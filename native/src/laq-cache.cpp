@@ -114,7 +114,7 @@ void laq_cache::init_rings() {
     for (laq_seq & seq : seqs) {
         reserve(seq.ring, n_ring);
     }
-    reserve(scratch, params.n_window + params.n_lookahead);
+    reserve(scratch, params.n_window + laq_policy_probe_ahead(params));
     ++n_slots;
 
     for (const auto & [_, buf] : kv->ctxs_bufs) {

@@ -109,12 +109,14 @@ static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & or
     return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
 }
 
-// of the queries that the eviction asks for, those whose outputs are of what the cells hold
+// Of the queries that the eviction asks for, those that values are fitted to: their outputs are of what the cells hold.
+// The last ones of many, since what the fit costs grows with their square.
 static std::vector<laq_observation> settled(const laq_cache & laq, const laq_eviction & e) {
     std::vector<laq_observation> res = laq_observations(laq, e);
     res.erase(std::remove_if(res.begin(), res.end(),
                              [&](const laq_observation & o) { return o.pos < laq.seqs[e.seq_id].n_settled; }),
               res.end());
+    res.erase(res.begin(), res.end() - std::min<size_t>(res.size(), LAQ_FIT_QUERIES));
     return res;
 }
 

@@ -211,8 +211,13 @@ uint32_t laq_policy_ahead(const laq_params & params) {
     return laq_policy_needs_lookahead(params) ? params.n_lookahead : 0;
 }
 
+uint32_t laq_policy_probe_ahead(const laq_params & params) {
+    return std::min(laq_policy_ahead(params), LAQ_PROBE_AHEAD);
+}
+
 uint32_t laq_policy_room(const laq_params & params) {
-    return laq_policy_needs_lookahead(params) ? params.n_probe + params.n_lookahead : 0;
+    const uint32_t probe = laq_policy_needs_lookahead(params) ? params.n_probe + laq_policy_probe_ahead(params) : 0;
+    return std::max(probe, laq_policy_ahead(params));
 }
 
 uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells) {
@@ -247,7 +252,7 @@ laq_chunk laq_plan_chunk(const laq_params * params, uint32_t n_cells, uint32_t n
 
     int64_t n_probe = 0;
     if (laq_policy_needs_lookahead(p)) {
-        n_probe = std::min<int64_t>({ p.n_probe, n_left, free - ahead });
+        n_probe = std::min<int64_t>({ p.n_probe, n_left, free - laq_policy_probe_ahead(p) });
     }
     if (n_tokens < 1 || (room > 0 && n_probe < 1)) {
         return { 0, 0, 0 };

@@ -68,8 +68,10 @@ bool laq_policy_needs_lookahead(const laq_params & params);
 // whether keys are ever scored: by the policy or by its draft
 bool laq_policy_scores(const laq_params & params);
 
-// whether values of what stays are fitted: not those of the methods that laq++ is compared with
-bool laq_policy_fits(const laq_params & params);
+// whether values of what stays are fitted, and to how many queries at most: not those of the methods that laq++ is
+// compared with
+constexpr uint32_t LAQ_FIT_QUERIES = 32;
+bool               laq_policy_fits(const laq_params & params);
 
 // Most tokens at the end of a message that select by their own queries and are read again: SnapKV's window, but a quarter
 // of the budget at most, and no more than the budget holds beside what is pinned
@@ -80,8 +82,13 @@ uint32_t laq_policy_message(const laq_params & params);
 constexpr uint64_t LAQ_RECALL_DRAFT = 3;
 uint32_t           laq_policy_draft(const laq_params & params, uint32_t n_room);
 
-// tokens of the lookahead, and cells that stay free for the probe while a prompt is read
-uint32_t laq_policy_ahead(const laq_params & params);
+// Tokens of the lookahead. A probe looks ahead no further than LAQ_PROBE_AHEAD: it is made for every chunk, and what it
+// misses is looked for again.
+constexpr uint32_t LAQ_PROBE_AHEAD = 8;
+uint32_t           laq_policy_ahead(const laq_params & params);
+uint32_t           laq_policy_probe_ahead(const laq_params & params);
+
+// cells that stay free while a prompt is read: for the probe, and for the lookahead from its end
 uint32_t laq_policy_room(const laq_params & params);
 
 // Most tokens of a chunk where n_chunk is 0: a third of the cells that no probe needs. Larger chunks need fewer

@@ -43,9 +43,8 @@ static void decode(laq_cache & laq, int32_t seq_id, const llama_token * tokens, 
 }
 
 // One pass over tokens that say nothing: their queries know only where they stand. Returns how many.
-static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id) {
+static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id, uint32_t n) {
     const llama_vocab & vocab = laq.ctx->get_model().vocab;
-    const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells() - laq.n_used());
 
     const std::vector<llama_token> tokens(n, std::max(0, vocab.token_nl()));
 
@@ -61,14 +60,14 @@ static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id) {
     return n;
 }
 
-// Decodes up to n_lookahead greedy tokens, as many as find cells. Ends early at an end-of-generation token, but not
+// Decodes up to n_most greedy tokens, as many as find cells. Ends early at an end-of-generation token, but not
 // before the first one: its query is worth more than none. Returns how many.
-static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float> logits) {
+static uint32_t decode_ahead(laq_cache & laq, int32_t seq_id, std::vector<float> logits, uint32_t n_most) {
+    const uint32_t n = std::min(n_most, laq.n_cells() - laq.n_used());
     if (laq.params.lookahead == LAQ_LOOKAHEAD_POSITION) {
-        return decode_placeholders(laq, seq_id);
+        return decode_placeholders(laq, seq_id, n);
     }
     const llama_vocab & vocab = laq.ctx->get_model().vocab;
-    const uint32_t      n     = std::min(laq.params.n_lookahead, laq.n_cells() - laq.n_used());
 
     const int64_t t0 = ggml_time_us();
     uint32_t      i  = 0;
@@ -118,7 +117,8 @@ static void evict_by_probe(laq_cache & laq, int32_t seq_id, const llama_token * 
         const std::vector<float> logits = last_logits(laq);  // waits for them
         laq.stats.ms_probe += (ggml_time_us() - t0) / 1000.0;
 
-        const int32_t  n_end   = n_past + n_probe + (int32_t) decode_ahead(laq, seq_id, logits);
+        const uint32_t n_ahead = decode_ahead(laq, seq_id, logits, laq_policy_probe_ahead(laq.params));
+        const int32_t  n_end   = n_past + n_probe + (int32_t) n_ahead;
         const auto     queries = laq_policy_queries(laq.params, n_past + n_probe, n_end);
         const uint32_t n_keep  = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
         laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, laq.intact_from(seq_id, n_past), n_past }); });
@@ -199,7 +199,7 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
         laq.params.policy = LAQ_POLICY_SNAPKV;
         laq.run_update([&] { laq.evict_to(seq_id, laq.params.n_kv_budget); });
         laq.params.policy = policy;
-        n                 = decode_ahead(laq, seq_id, logits);
+        n                 = decode_ahead(laq, seq_id, logits, laq.params.n_lookahead);
     } catch (...) {
         laq.params.policy = policy;
         put_back();
@@ -278,7 +278,7 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted) {
     try {
         const uint32_t n_ahead = laq.params.draft == LAQ_DRAFT_SNAPKV && laq.n_resident(seq_id) > laq.params.n_kv_budget
                                      ? decode_ahead_from_snapkv(laq, seq_id, logits)
-                                     : decode_ahead(laq, seq_id, logits);
+                                     : decode_ahead(laq, seq_id, logits, laq.params.n_lookahead);
 
         const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         const int32_t n_intact = laq.intact_from(seq_id, n_prompt);

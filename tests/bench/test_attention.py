@@ -49,7 +49,7 @@ def test_attention_of_a_context(native: object, tiny: Path) -> None:
     from laq_gguf import Llama
 
     llm = Llama(
-        str(tiny), n_ctx=256, kv_budget=256, kv_policy="laq++", verbose=False,
+        str(tiny), n_ctx=256, kv_budget=256, kv_policy="laq++", lookahead_size=8, verbose=False,
         n_threads=1, n_threads_batch=1,
     )  # fmt: skip
     try:

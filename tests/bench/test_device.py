@@ -95,8 +95,8 @@ def test_the_table_names_the_device_and_what_passed() -> None:
 def test_command(bench, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "device.json"
     done = bench(
-        "device", "--model", model, "--n-prompts", "640,700", "--budget", 128,
-        "--kv-staging", 384, "--n-decode", 4, "--repeat", 1, "--threads", 1, "--out", out,
+        "device", "--model", model, "--n-prompts", "640,700", "--budget", 160,
+        "--kv-staging", 352, "--n-decode", 4, "--repeat", 1, "--threads", 1, "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text(encoding="utf-8"))

@@ -33,12 +33,12 @@ def test_a_name_may_end_in_a_type() -> None:
     # 4 sinks and a window of 8, with 8 of the lookahead; a window of 32 that the draft keeps
     assert [parse_method(n).least for n in ("streaming", "laq++", "snapkv", "laq")] == [
         12,
-        20,
+        44,
         36,
         36,
     ]
     paper = parse_method("laq").config
-    assert (paper.draft, paper.follow_size) == ("snapkv", 0)
+    assert (paper.draft, paper.lookahead_size, paper.follow_size) == ("snapkv", 8, 0)
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
     assert method_names("full,laq,full") == ["full", "laq"]
     for name in METHODS:
@@ -68,9 +68,9 @@ def test_a_name_may_go_on_with_settings() -> None:
 
 def test_one_cache_takes_the_settings_of_all_methods() -> None:
     names = ("laq++:lookahead_size=4", "snapkv:snapkv_window=64", "laq++:window_size=16")
-    expected = {"lookahead_size": 8, "window_size": 16, "snapkv_window": 64}
+    expected = {"lookahead_size": 32, "window_size": 16, "snapkv_window": 64}
     assert allocation(map(parse_method, names)) == expected
-    assert allocation([parse_method("laq++:lookahead_size=24")])["lookahead_size"] == 24
+    assert allocation([parse_method("laq++:lookahead_size=48")])["lookahead_size"] == 48
 
 
 @pytest.mark.parametrize(

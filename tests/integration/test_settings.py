@@ -125,7 +125,7 @@ def test_null_and_sizes_are_checked(native: Any, tiny_gguf: Callable[..., Path])
     llm = open_llama(tiny_gguf("llama"), **MADE)
     lib, ffi = native.lib, native.ffi
     params = ffi.new("struct laq_params *", lib.laq_default_params())
-    params.n_kv_budget = 64
+    params.n_kv_budget, params.n_lookahead = 64, 8
     laq = llm._laq._laq
     assert lib.laq_set_params(ffi.NULL, params) == lib.LAQ_STATUS_INVALID_ARGUMENT
     assert lib.laq_set_params(laq, ffi.NULL) == lib.LAQ_STATUS_INVALID_ARGUMENT

@@ -321,6 +321,22 @@ static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resi
     return got.n_tokens == want.n_tokens && got.n_evict == want.n_evict && got.n_probe == want.n_probe;
 }
 
+static void test_room() {
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
+    params.n_probe    = 48;
+    CHECK(laq_policy_room(params) == 48 + 8);
+    params.n_lookahead = 32;
+    CHECK(laq_policy_ahead(params) == 32);
+    CHECK(laq_policy_probe_ahead(params) == 8);
+    CHECK(laq_policy_room(params) == 48 + 8);
+    params.n_probe = 4;  // the lookahead from the end of the prompt takes more than the probe
+    CHECK(laq_policy_room(params) == 32);
+    params.n_lookahead = 3;
+    CHECK(laq_policy_room(params) == 4 + 3);
+    params.policy = LAQ_POLICY_SNAPKV;
+    CHECK(laq_policy_room(params) == 0);
+}
+
 static void test_draft() {
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
     CHECK(laq_policy_draft(params, 1024) == 768);
@@ -376,6 +392,7 @@ int main() {
     test_queries();
     test_n_pinned();
     test_message();
+    test_room();
     test_draft();
     if (n_failed > 0) {
         std::fprintf(stderr, "%d checks failed\n", n_failed);

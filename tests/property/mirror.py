@@ -299,11 +299,13 @@ class Mirror:
     def _probe(self, tokens: npt.NDArray[np.int32]) -> Tokens:
         fork, made = self.cache.fork(), []
         n_free = self.cache.n_free - len(tokens)
-        return self._ahead(fork, self._forward(tokens, fork, made), n_free, made)
+        n_most = min(self.cache.params.probe_ahead, n_free)
+        return self._ahead(fork, self._forward(tokens, fork, made), n_most, made)
 
     def _pseudo(self) -> Tokens:
         if not self.cache.drafts:
-            return self._ahead(self.cache.fork(), self.logits, self.cache.n_free, [])
+            n_most = min(self.cache.params.ahead, self.cache.n_free)
+            return self._ahead(self.cache.fork(), self.logits, n_most, [])
         # which tokens SnapKV keeps is decided by the model's own scores: near a tie others stay,
         # and other pseudo tokens come
         given, self.cache.given, self.cache.tolerance = self.cache.given, None, None
@@ -311,23 +313,23 @@ class Mirror:
             drafted = self.cache.draft()
         finally:
             self.cache.given = given
-        return self._ahead(drafted.fork(), self.logits, drafted.n_free, [])
+        n_most = min(self.cache.params.ahead, drafted.n_free)
+        return self._ahead(drafted.fork(), self.logits, n_most, [])
 
-    def _ahead(self, fork: NativeCache, logits: Any, n_free: int, made: list[Tokens]) -> Tokens:
+    def _ahead(self, fork: NativeCache, logits: Any, n_most: int, made: list[Tokens]) -> Tokens:
         """`made` and the greedy tokens that follow, as many as native decoded. Where two tokens are
         nearly as good, native may have taken the other one: then the scores are not compared.
         Lookahead "position": newlines in their place.
         """
         n_made = self.after.n_pseudo - self.before.n_pseudo
         if self.cache.params.lookahead == "position":
-            assert n_made == min(self.cache.params.lookahead_size, n_free)
+            assert n_made == n_most
             self._forward([self.newline] * max(n_made, 1), fork, made)
             return self._joined(made)
         for i in range(max(n_made, 1)):  # the reference wants one even where none finds a cell
             token = self._greedy(logits)
             assert i == 0 or token != self.eos or self.cache.tolerance is None
             logits = self._forward([token], fork, made)
-        n_most = min(self.cache.params.lookahead_size, n_free)
         if n_made < n_most:
             assert self._greedy(logits) == self.eos or self.cache.tolerance is None
         assert n_made <= n_most

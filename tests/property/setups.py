@@ -16,8 +16,8 @@ SEED = 11
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "n_embd_head": 32, "n_embd": 32, "n_ff": 32}
 
 
-# V stays as it was, where a setup does not say otherwise
-BYTE_FOR_BYTE = {"value_fit": 0}
+# Where a setup does not say otherwise: V stays as it was, and budgets hold more than a lookahead.
+RULES = {"value_fit": 0, "lookahead_size": 8}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Setup:
 
     @property
     def params(self) -> PolicyParams:
-        rules = {**BYTE_FOR_BYTE, **self.rules}
+        rules = {**RULES, **self.rules}
         return PolicyParams(self.budget, policy=self.policy, seed=SEED, **rules)
 
     @property
@@ -89,7 +89,7 @@ class Setup:
             str(path),
             **{
                 **settings,
-                **BYTE_FOR_BYTE,
+                **RULES,
                 **self.rules,
                 **self.context,
                 **self.archive,
@@ -120,6 +120,9 @@ SETUPS = (
         compaction="graph",
     ),
     Setup("laq pseudo, draft snapkv", "laq", rules={**PSEUDO, "draft": "snapkv"}),
+    # a probe looks ahead less far than the end of the prompt
+    Setup("laq++ pseudo, far ahead", "laq++", rules={**PSEUDO, "lookahead_size": 24}),
+    Setup("laq++, far ahead", "laq++", rules={"lookahead_size": 24, "probe_size": 8}),
     Setup("laq++ position", "laq++", rules={"lookahead": "position"}),
     # SnapKV keeps more than the budget: every draft is refused
     Setup("draft beyond the budget", "laq++", 30, rules={**PSEUDO, "draft": "snapkv"}),

@@ -31,7 +31,8 @@ def check_cells(cache: KVCache) -> None:
 
 def wide(n_cells: int, *, n_batch: int = 32, **params) -> KVCache:
     # values stay what they were: a cell is recognized by them
-    rules = {"budget": 32, "probe_size": 12, "snapkv_window": 8, "value_fit": 0}
+    rules = {"budget": 32, "probe_size": 12, "lookahead_size": 8, "snapkv_window": 8}
+    rules["value_fit"] = 0
     made = PolicyParams(**{**rules, **params})
     return KVCache(made, **SHAPE, n_cells=n_cells, n_batch=n_batch)
 
@@ -55,6 +56,6 @@ def read(cache: KVCache, n_left: int) -> list[ChunkPlan]:
 def make_room(cache: KVCache, chunk: ChunkPlan) -> None:
     probe = None
     if cache.params.needs_lookahead:
-        n_ahead = chunk.n_probe + cache.params.lookahead_size
+        n_ahead = chunk.n_probe + cache.params.probe_ahead
         probe = tokens(n_ahead, seed=1, first=cache.n_tokens)
     cache.make_room(chunk.n_evict, probe, chunk.n_probe)

@@ -14,7 +14,9 @@ LN2 = float(np.log(2))
 
 
 def filled(n_prompt: int, **params) -> KVCache:
-    cache = KVCache(PolicyParams(**{"budget": 32, "value_fit": 0, **params}), **SHAPE)
+    cache = KVCache(
+        PolicyParams(**{"budget": 32, "lookahead_size": 8, "value_fit": 0, **params}), **SHAPE
+    )
     cache.append(tokens(n_prompt))
     return cache
 

@@ -13,7 +13,7 @@ from laq_gguf.reference.plan import check_pinned
 def plan(n_used: int, n_left: int, *, n_resident: int | None = None, **params) -> tuple:
     """256 cells, batches of 64, budget 64, 8 tokens ahead, a probe of 48: 56 cells of room."""
     chunk = plan_chunk(
-        PolicyParams(**{"budget": 64, **params}),
+        PolicyParams(**{"budget": 64, "lookahead_size": 8, **params}),
         n_cells=256,
         n_used=n_used,
         n_resident=n_used if n_resident is None else n_resident,
@@ -57,6 +57,10 @@ def test_a_prompt_that_does_not_fit_by_hand(policy) -> None:
     assert plan(192, 1000, policy=policy, chunk_size=16) == (16, 8, 48)
     # a chunk is never more than a batch
     assert plan(192, 1000, policy=policy, chunk_size=500) == (64, 56, 48)
+    # a probe looks ahead 8 tokens at most
+    assert plan(192, 1000, policy=policy, lookahead_size=32) == (64, 56, 48)
+    # the lookahead from the end of the prompt wants more than a probe of 4 and 8: 64 + 32 - 64
+    assert plan(192, 1000, policy=policy, lookahead_size=32, probe_size=4) == (64, 32, 4)
     # the room is that of the settings: 24 + 4 = 28, 64 + 28 - 64 = 28
     assert plan(192, 1000, policy=policy, probe_size=24, lookahead_size=4) == (64, 28, 24)
 
@@ -148,13 +152,16 @@ def test_plan_properties(situation) -> None:
     params, counts = situation
     chunk = plan_chunk(params, **counts)
     free, n_left = counts["n_cells"] - counts["n_used"], counts["n_left"]
-    ahead = params.lookahead_size if params.needs_lookahead else 0
-    room = params.probe_size + ahead if params.needs_lookahead else 0
+    ahead, probe_ahead, room = 0, 0, 0
+    if params.needs_lookahead:
+        ahead = params.lookahead_size
+        probe_ahead = min(ahead, 8)
+        room = max(params.probe_size + probe_ahead, ahead)
     if chunk.n_tokens == 0:
         assert chunk == ChunkPlan(0, 0, 0)
         # whatever may go, a chunk, the room of a probe and the budget do not fit together
         over = 0 if params.policy == "full" else max(counts["n_resident"] - params.budget, 0)
-        no_probe = params.needs_lookahead and free <= ahead
+        no_probe = params.needs_lookahead and free <= probe_ahead
         assert free + over - room < 1 or no_probe
         return
     assert 1 <= chunk.n_tokens <= min(n_left, counts["n_batch"])
@@ -173,7 +180,7 @@ def test_plan_properties(situation) -> None:
         assert (chunk.n_probe > 0) == params.needs_lookahead
     if chunk.n_probe:
         assert chunk.n_probe <= min(params.probe_size, n_left)
-        assert chunk.n_probe + ahead <= free
+        assert chunk.n_probe + probe_ahead <= free
 
 
 @given(situations())

@@ -113,7 +113,7 @@ def test_queries_by_hand() -> None:
         return query_range(PolicyParams(64, policy=policy, **settings), n_prompt, n_tokens)
 
     assert queries("laq") == (100, 105)
-    assert queries("laq", n_tokens=150) == (100, 108)
+    assert queries("laq", n_tokens=150) == (100, 132)
     assert queries("laq", n_tokens=100) == (92, 100)
     assert queries("laq++") == (92, 105)
     assert queries("laq++", window_size=3, lookahead_size=2) == (97, 102)

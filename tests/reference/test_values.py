@@ -13,6 +13,8 @@ from laq_gguf.reference import (
     causal_mask,
     fit_values,
 )
+from laq_gguf.reference.cells import Tokens
+from laq_gguf.reference.values import FIT_QUERIES
 from reference.made import SHAPE, tokens
 
 
@@ -79,7 +81,10 @@ def outputs_of(cache: KVCache, q: np.ndarray, first: int) -> np.ndarray:
 @pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
 def test_the_lookahead_gets_what_it_got(lookahead) -> None:
     caches = {
-        name: KVCache(PolicyParams(80, lookahead=lookahead, value_fit=value_fit, **rules), **SHAPE)
+        name: KVCache(
+            PolicyParams(80, lookahead_size=8, lookahead=lookahead, value_fit=value_fit, **rules),
+            **SHAPE,
+        )
         for name, value_fit, rules in (
             ("whole", 0, {"policy": "full"}),
             ("cut", 0, {}),
@@ -117,8 +122,27 @@ def test_what_is_compared_with_keeps_its_values(rules) -> None:
     assert PolicyParams(32).fits_values
 
 
+def test_of_many_queries_values_are_fitted_to_the_last() -> None:
+    ahead, params = tokens(50, first=100), PolicyParams(96, lookahead_size=50)
+    kept = np.broadcast_to(np.arange(54, 150, dtype=np.int32), (2, 2, 96))
+
+    def fitted_with(first: int, last: int) -> np.ndarray:
+        """V where the queries of ahead[first:last] are others."""
+        q = ahead.q.copy()
+        q[:, first:last] *= -2
+        cache = KVCache(PolicyParams(150, policy="full"), **SHAPE)
+        cache.append(tokens(100))
+        cache.append(Tokens(ahead.k, ahead.v, q))
+        cache.keep_fitted(kept, 142, params, (100, 150))
+        return np.stack([layer.v for layer in cache.layers])
+
+    as_they_are = fitted_with(0, 0)
+    np.testing.assert_array_equal(fitted_with(0, 50 - FIT_QUERIES), as_they_are)
+    assert (fitted_with(0, 51 - FIT_QUERIES) != as_they_are).any()
+
+
 def test_pinned_values_stay() -> None:
-    cache = KVCache(PolicyParams(32, pinned=((20, 25),)), **SHAPE)
+    cache = KVCache(PolicyParams(32, lookahead_size=8, pinned=((20, 25),)), **SHAPE)
     cache.append(tokens(100))
     cache.prompt_end()
     cache.append(tokens(8, first=100))

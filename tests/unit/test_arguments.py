@@ -41,7 +41,7 @@ def test_settings_that_exclude_a_budget(setting: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"kv_budget": 19}, "20 are always kept"), ({"kv_budget": 513}, "above n_ctx=512"),
+    [({"kv_budget": 19}, "44 are always kept"), ({"kv_budget": 513}, "above n_ctx=512"),
      ({"kv_budget": 128, "kv_policy": "lru"}, "kv_policy must be one of"),
      ({"kv_policy": "lru"}, "kv_policy must be one of"),
      ({"kv_budget": "lots"}, "is not a size in bytes"),

@@ -82,14 +82,14 @@ def test_snapkv_draft_needs_pseudo_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "n_pinned"),
     [
-        ({}, 4 + 8 + 8),
-        ({"lookahead": "pseudo"}, 4 + 8 + 8),
+        ({}, 4 + 8 + 32),
+        ({"lookahead": "pseudo"}, 4 + 8 + 32),
         ({"kv_policy": "laq", "lookahead_size": 3}, 4 + 8 + 3),
         ({"kv_policy": "snapkv"}, 4 + 32),
         ({"kv_policy": "streaming", "n_sink": 0}, 8),
-        ({"lookahead": "pseudo", "pinned": [(10, 20)]}, 4 + 8 + 8 + 10),
-        ({"lookahead": "pseudo", "pinned": [(2, 10), (6, 12), (6, 7)]}, 12 + 8 + 8),
-        ({"lookahead": "pseudo", "pinned": [(0, 3)]}, 4 + 8 + 8),
+        ({"lookahead": "pseudo", "pinned": [(10, 20)]}, 4 + 8 + 32 + 10),
+        ({"lookahead": "pseudo", "pinned": [(2, 10), (6, 12), (6, 7)]}, 12 + 8 + 32),
+        ({"lookahead": "pseudo", "pinned": [(0, 3)]}, 4 + 8 + 32),
     ],
 )
 def test_pinned_cells_are_a_union(settings: dict, n_pinned: int) -> None:
@@ -120,7 +120,7 @@ def test_budget_is_tokens_or_a_share_of_n_ctx(budget: float, tokens: int) -> Non
         (1.0, "share of n_ctx"),
         (-0.5, "share of n_ctx"),
         (float("nan"), "share of n_ctx"),
-        (0.01, "0.01 of n_ctx=512 is 5 tokens, but 20 are always kept"),
+        (0.01, "0.01 of n_ctx=512 is 5 tokens, but 44 are always kept"),
         (True, "must be an int"),
         ([1], "must be an int"),
     ],
@@ -191,8 +191,13 @@ def test_cells_are_budget_and_staging(
 @pytest.mark.parametrize(
     ("settings", "least", "message"),
     [
-        ({}, 88, r"88 cells .* probe_size=48, lookahead_size=8\); .* or lower probe_size"),
-        ({"kv_policy": "laq", "probe_size": 1, "lookahead_size": 2}, 35, "probe_size=1"),
+        ({}, 88, r"88 cells .* probe_size=48 and 8 after them\); .* or lower probe_size"),
+        (
+            {"kv_policy": "laq", "probe_size": 1, "lookahead_size": 2},
+            35,
+            "probe_size=1 and 2 after",
+        ),
+        ({"probe_size": 1}, 64, r"tokens of the prompt, lookahead_size=32\)"),
         (
             {"kv_policy": "snapkv"},
             32,
@@ -250,7 +255,7 @@ def test_full_policy_has_all_cells() -> None:
         ("2304kB", None, CacheSize(1152, 2304)),
         ("768kB", None, CacheSize(256, 768)),
         ("2048kB", 512, CacheSize(1536, 2048)),
-        ("2048kB", 2028, CacheSize(20, 2048)),
+        ("2048kB", 2004, CacheSize(44, 2048)),
         ("8191kB", None, CacheSize(3968, 7936)),
         ("8192kB", None, CacheSize(8000, 8192)),  # all of n_ctx=8000: nothing is evicted
         ("1GiB", None, CacheSize(8000, 8192)),
@@ -265,9 +270,9 @@ def test_cells_of_bytes(kv_budget: str, kv_staging: int | None, expected: CacheS
     ("kv_budget", "kv_staging", "message"),
     [
         ("999", None, r"is 999 bytes, room for 0 cells of 1000 bytes .* but 768 cells are the "
-         r"least \(20 tokens that are always kept and 512 more\): give at least 768000 bytes"),
+         r"least \(44 tokens that are always kept and 512 more\): give at least 768000 bytes"),
         ("767.9kB", None, "room for 512 cells .* give at least 768000 bytes; for tokens give an"),
-        ("2048kB", 2029, "but 2304 cells are the least .*20 tokens .* and 2029 more"),
+        ("2048kB", 2005, "but 2304 cells are the least .*44 tokens .* and 2005 more"),
     ],
 )  # fmt: skip
 def test_too_few_bytes(kv_budget: str, kv_staging: int | None, message: str) -> None:
@@ -283,7 +288,7 @@ def test_bytes_of_a_model_without_a_cache() -> None:
 def test_bytes_do_not_excuse_pinned_spans() -> None:
     with pytest.raises(LaqArgumentError, match="beyond n_ctx=512"):
         LaqConfig(pinned=[(500, 513)]).cache_size("1GiB", None, 512, per_cell)
-    with pytest.raises(LaqArgumentError, match="but 616 are always kept"):
+    with pytest.raises(LaqArgumentError, match="but 640 are always kept"):
         LaqConfig(pinned=[(0, 600)]).cache_size(600, None, 8192, never)
     # the pinned cells need their staging beside them
     size = LaqConfig(pinned=[(0, 600)]).cache_size("1280kB", None, 8192, per_cell)
