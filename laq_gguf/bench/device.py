@@ -27,11 +27,14 @@ NOTES = [
     "decode steps of the full cache: those between the prompt and its eviction, when the whole "
     "prompt fits the cells (one sequence, FlashAttention on)",
     f"re-selections (kv_recall, lookahead pseudo): those of a turn whose message has {N_MESSAGE} "
-    "tokens: scores, choice, rows that come back; all that recall adds: the tokens that are read "
-    "again and the pseudo tokens as well",
+    "tokens: scores, choice, rows that come back; all that such a turn does after it has read the "
+    "message: what is read again, the pseudo tokens and the eviction as well",
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
+TURN = (
+    "ms_recall", "ms_reread", "ms_lookahead", "ms_score", "ms_select", "ms_compact", "ms_fit",
+)  # fmt: skip
 FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 
@@ -127,13 +130,13 @@ def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
-    """What a message's re-selections took, `ms_recall`, and with pseudo tokens and what was read
-    again, `ms`; rows that came back; and the bytes on the device, before and after."""
+    """What a message's re-selections took, `ms_recall`; with what was read again, the pseudo tokens
+    and the eviction, `ms`; rows that came back; and the bytes on the device, before and after."""
     before, after = turn["before"], turn["after"]
     parts = added(before, after)
     held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
     return {
-        "ms": parts["ms_recall"] + parts["ms_reread"] + parts["ms_lookahead"],
+        "ms": sum(parts[name] for name in TURN),
         "ms_message": turn["ms"],
         **parts,
         "device_bytes_before": sum(before[n] for n in held),
@@ -151,11 +154,11 @@ def recall_bars(rounds: list[dict[str, Any]], full: list[float], n: int) -> list
             ratios([r["ms_recall"] for r in found], full), "< 10", lambda x: x < 10,
         ),
         bar(
-            "all that recall adds to the turn, in decode steps of the full cache",
+            "all that the turn does after its message, in decode steps of the full cache",
             ratios([r["ms"] for r in found], full), "< 10", lambda x: x < 10,
         ),
         bar(
-            "all that recall adds to the turn, s",
+            "all that the turn does after its message, s",
             [r["ms"] / 1e3 for r in found], "< 0.5", lambda x: x < 0.5,
         ),
         bar("bytes on the device that it added", grown, "<= 0", lambda x: x <= 0),

@@ -39,7 +39,7 @@ def test_bars() -> None:
 def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
     counts = {**dict.fromkeys(COUNTERS, 0.0), "n_recalls": 1, "n_recalled": 5}
     before = {**counts, "kv_bytes": 60, "ring_bytes": 20, "compute_bytes": 10, "recall_bytes": 10}
-    spent = {"ms_recall": 20.0, "ms_reread": 10.0, "ms_lookahead": 20.0}
+    spent = {"ms_recall": 20.0, "ms_reread": 10.0, "ms_lookahead": 15.0, "ms_fit": 5.0}
     after = {**before, **spent, "n_recalls": 3, "n_recalled": 9}
     found = device.recall_of({"ms": 60.0, "before": before, "after": after})
     assert (found["ms"], found["ms_message"], found["n_recalled"]) == (50.0, 60.0, 4)
