@@ -26,45 +26,44 @@
 // the systems
 //
 
-// z [n_rhs][m] = (g + ridge I)^-1 r, with g [m][m] and r [m][n_rhs]; 0 where there is no solution
-static void solve(const float * g, const float * r, double ridge, int64_t m, int64_t n_rhs, float * z) {
-    std::vector<double> l(m * m);  // Cholesky: g + ridge I = l l^T
-    for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j <= i; ++j) {
-            double sum = g[i * m + j] + (i == j ? ridge : 0.0);
-            for (int64_t k = 0; k < j; ++k) {
-                sum -= l[i * m + k] * l[j * m + k];
-            }
-            if (i == j && !(sum > 0.0)) {
-                std::fill(z, z + m * n_rhs, 0.0f);
-                return;
-            }
-            l[i * m + j] = i == j ? std::sqrt(sum) : sum / l[j * m + j];
-        }
+static void scale(double * dst, int64_t n, double factor) {
+    for (int64_t i = 0; i < n; ++i) {
+        dst[i] *= factor;
     }
-    // all right sides at once: row i of x is that of r, less multiples of other rows
+}
+
+static void subtract(double * dst, const double * src, int64_t n, double factor) {
+    for (int64_t i = 0; i < n; ++i) {
+        dst[i] -= factor * src[i];
+    }
+}
+
+// z [n_rhs][m] = (g + ridge I)^-1 r, with g [m][m] and r [m][n_rhs]; 0 where there is no solution. All sums go along
+// rows: sums along columns would wait for one another.
+static void solve(const float * g, const float * r, double ridge, int64_t m, int64_t n_rhs, float * z) {
+    std::vector<double> u(g, g + m * m);  // the upper triangle becomes Cholesky's: g + ridge I = u^T u
     std::vector<double> x(r, r + m * n_rhs);
-    const auto          subtract = [&](int64_t i, int64_t k, double factor) {
-        for (int64_t c = 0; c < n_rhs; ++c) {
-            x[i * n_rhs + c] -= factor * x[k * n_rhs + c];
+    for (int64_t k = 0; k < m; ++k) {
+        double *     row   = u.data() + k * m;
+        double *     x_k   = x.data() + k * n_rhs;
+        const double pivot = row[k] + ridge;
+        if (!(pivot > 0.0)) {
+            std::fill(z, z + m * n_rhs, 0.0f);
+            return;
         }
-    };
-    const auto divide = [&](int64_t i) {
-        for (int64_t c = 0; c < n_rhs; ++c) {
-            x[i * n_rhs + c] /= l[i * m + i];
+        row[k] = pivot;
+        scale(row + k, m - k, 1.0 / std::sqrt(pivot));
+        scale(x_k, n_rhs, 1.0 / row[k]);
+        for (int64_t i = k + 1; i < m; ++i) {
+            subtract(u.data() + i * m + i, row + i, m - i, row[i]);
+            subtract(x.data() + i * n_rhs, x_k, n_rhs, row[i]);
         }
-    };
-    for (int64_t i = 0; i < m; ++i) {
-        for (int64_t k = 0; k < i; ++k) {
-            subtract(i, k, l[i * m + k]);
-        }
-        divide(i);
     }
     for (int64_t i = m - 1; i >= 0; --i) {
-        for (int64_t k = i + 1; k < m; ++k) {
-            subtract(i, k, l[k * m + i]);
+        scale(x.data() + i * n_rhs, n_rhs, 1.0 / u[i * m + i]);
+        for (int64_t k = 0; k < i; ++k) {
+            subtract(x.data() + k * n_rhs, x.data() + i * n_rhs, n_rhs, u[k * m + i]);
         }
-        divide(i);
     }
     for (int64_t i = 0; i < m; ++i) {
         for (int64_t c = 0; c < n_rhs; ++c) {
