@@ -139,8 +139,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 (also where generating finds no cells), "never" (by `recall()` alone).
             recall_rounds: how often a message chooses by the queries of its own last tokens (at
                 most snapkv_window) and is read again, before kv_policy chooses: the first time it
-                was read, what it looks at may not have been there. The choice holds three times
-                the budget, or as many as there are cells, until the lookahead is generated from it.
+                was read, what it looks at may not have been there. The choice holds as many
+                tokens as there are cells for, until the lookahead is generated from it.
             recall_device: what scores archived and resident tokens together: "cpu"; "device": that
                 of the layer's cache, through a buffer allocated here for n_ctx keys of one KV head;
                 "auto": the faster one, measured here.

@@ -23,9 +23,6 @@ RECALLS = ("never", "turn", "always")
 #: Of the tokens that the budget takes in the first layers this share must be new, or nothing comes
 #: back.
 RECALL_NEW, RECALL_LAYERS = 0.02, 4
-#: A message's choice holds so many times the budget, as far as there are cells, until the lookahead
-#: is generated from it.
-RECALL_DRAFT = 3
 
 
 def message_size(params: PolicyParams) -> int:
@@ -152,8 +149,9 @@ class RecallCache(KVCache):
 
     def choose_for_message(self, n_message: int) -> bool:
         """Choose by the queries of the last n_message tokens, which stay whole, before the prompt
-        ends: RECALL_DRAFT times the budget, as far as there are cells. Whether something came back:
-        those tokens are then to be removed and read again. Otherwise nothing was changed.
+        ends: as many tokens as there are cells for beside a lookahead, until it is generated.
+        Whether something came back: those tokens are then to be removed and read again. Otherwise
+        nothing was changed.
 
         Not where probes have looked for the message, and ahead of it: what they kept is more than
         its own queries know of.
@@ -170,10 +168,9 @@ class RecallCache(KVCache):
         return self._reselect(self._n_draft(), first, (first, n_end), n_end)
 
     def _n_draft(self) -> int:
-        params, n_draft = self.params, RECALL_DRAFT * self.params.budget
-        if self.n_cells is not None:
-            n_draft = min(n_draft, self.n_cells - self.n_foreign - params.ahead)
-        return max(n_draft, params.budget)
+        if self.n_cells is None:
+            return self.n_tokens
+        return max(self.n_cells - self.n_foreign - self.params.ahead, self.params.budget)
 
     def _evict(
         self,

@@ -138,7 +138,7 @@ struct laq_params {
     const char * archive_folder;  // of that file; NULL = there is none, and the oldest tokens are lost
     int32_t      recall;          // enum laq_recall_when
     uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
-                               // selects: three times the budget or as many as there are cells, for the lookahead
+                               // selects: as many tokens as there are cells for, and the lookahead from them
     int32_t recall_device;     // enum laq_recall_device
     float   value_fit;         // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
                                // queries had; 0 = V stays byte for byte. The archive has it as it was

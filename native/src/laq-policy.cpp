@@ -203,8 +203,7 @@ uint32_t laq_policy_message(const laq_params & params) {
 }
 
 uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room) {
-    const uint64_t n_free = n_room - std::min(n_room, laq_policy_ahead(params));
-    return std::max<uint64_t>(params.n_kv_budget, std::min<uint64_t>(n_free, LAQ_RECALL_DRAFT * params.n_kv_budget));
+    return std::max(params.n_kv_budget, n_room - std::min(n_room, laq_policy_ahead(params)));
 }
 
 uint32_t laq_policy_ahead(const laq_params & params) {

@@ -78,9 +78,8 @@ bool               laq_policy_fits(const laq_params & params);
 uint32_t laq_policy_message(const laq_params & params);
 
 // Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then
-// the budget is chosen. So many times the budget, if the n_room cells that the sequence can have hold them and a lookahead
-constexpr uint64_t LAQ_RECALL_DRAFT = 3;
-uint32_t           laq_policy_draft(const laq_params & params, uint32_t n_room);
+// the budget is chosen. As many as the n_room cells that the sequence can have hold beside a lookahead
+uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room);
 
 // Tokens of the lookahead. A probe looks ahead no further than LAQ_PROBE_AHEAD: it is made for every chunk, and what it
 // misses is looked for again.

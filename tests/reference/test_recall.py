@@ -23,7 +23,7 @@ def say(cache: RecallCache, n: int, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_cells", "n_draft"), [(None, 96), (200, 96), (100, 92), (40, 32)], ids=str
+    ("n_cells", "n_draft"), [(None, 156), (200, 156), (100, 92), (40, 32)], ids=str
 )
 def test_a_message_brings_together_more_than_the_budget(n_cells: int | None, n_draft: int) -> None:
     cache = opened()
