@@ -32,9 +32,6 @@ NOTES = [
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
-TURN = (
-    "ms_recall", "ms_reread", "ms_lookahead", "ms_score", "ms_select", "ms_compact", "ms_fit",
-)  # fmt: skip
 FIRST_TOKEN, N_TOKENS = 260, 120  # ordinary tokens of every model
 
 
@@ -136,7 +133,7 @@ def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
     parts = added(before, after)
     held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
     return {
-        "ms": sum(parts[name] for name in TURN),
+        "ms": sum(ms for name, ms in parts.items() if name.startswith("ms_")),
         "ms_message": turn["ms"],
         **parts,
         "device_bytes_before": sum(before[n] for n in held),

@@ -11,7 +11,7 @@ from laq_gguf.bench import longbench
 from laq_gguf.bench.metrics import METRICS
 from laq_gguf.bench.needles import needle_prompts, sentences, spread_order
 
-# the reply's beginning to a question for a value: as many tokens as the lookahead or more
+# the reply's beginning to a question for a value: the lookahead sees the value, not these words
 PAIRS_PREFIX = 'The value corresponding to the specified key is "'
 
 

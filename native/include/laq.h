@@ -223,8 +223,8 @@ enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const str
 // Comes before each llama_decode() of a piece of a prompt. tokens [n_tokens] is all that is left of the prompt; *n_chunk
 // receives how many of them to decode next, in one batch. If they would find no cells, what they need is evicted: the
 // last n_probe tokens of the prompt and at most 8 greedy ones after them (n_lookahead, if that is less) are decoded behind
-// what is cached, score it, and are dropped again (policies without lookahead: no such probe). The logits of the context are then those of the
-// probe.
+// what is cached, score it, and are dropped again (policies without lookahead: no such probe). The logits of the context
+// are then those of the probe.
 enum laq_status laq_prompt_next(struct laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                                 uint32_t * n_chunk);
 

@@ -111,7 +111,7 @@ static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & or
 
 // Of the queries that the eviction asks for, those that values are fitted to: their outputs are of what the cells hold.
 // The last ones of many, since what the fit costs grows with their square.
-static std::vector<laq_observation> settled(const laq_cache & laq, const laq_eviction & e) {
+static std::vector<laq_observation> fitted_to(const laq_cache & laq, const laq_eviction & e) {
     std::vector<laq_observation> res = laq_observations(laq, e);
     res.erase(std::remove_if(res.begin(), res.end(),
                              [&](const laq_observation & o) { return o.pos < laq.seqs[e.seq_id].n_settled; }),
@@ -196,7 +196,7 @@ void laq_cache::evict(const laq_eviction & e) {
     const bool fits =
         laq_policy_fits(params) && !e.scratch && !now.rows.empty() && !std::count(own.begin(), own.end(), 0);
     // what is dropped goes after the fit: its queries see it, and it has their outputs
-    const std::vector<laq_observation> obs = fits ? settled(*this, e) : std::vector<laq_observation>();
+    const std::vector<laq_observation> obs = fits ? fitted_to(*this, e) : std::vector<laq_observation>();
     std::vector<uint32_t>              dst = compact(e, order, own, rows_of(*this, e, order, kept, fits));
     if (e.scratch) {
         memorize(dst, kept, now);

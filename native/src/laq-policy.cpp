@@ -215,8 +215,10 @@ uint32_t laq_policy_probe_ahead(const laq_params & params) {
 }
 
 uint32_t laq_policy_room(const laq_params & params) {
-    const uint32_t probe = laq_policy_needs_lookahead(params) ? params.n_probe + laq_policy_probe_ahead(params) : 0;
-    return std::max(probe, laq_policy_ahead(params));
+    if (!laq_policy_needs_lookahead(params)) {
+        return 0;
+    }
+    return std::max(params.n_probe + laq_policy_probe_ahead(params), params.n_lookahead);
 }
 
 uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells) {

@@ -30,7 +30,7 @@ def test_a_name_may_end_in_a_type() -> None:
         "laq++@q8_0", "q8_0", True, False
     )  # fmt: skip
     assert method.config.kv_policy == "laq++" and method.config.lookahead == "pseudo"
-    # 4 sinks and a window of 8, with 8 of the lookahead; a window of 32 that the draft keeps
+    # 4 sinks, a window of 8, 32 of the lookahead; a window of 32, which the draft of the paper has
     assert [parse_method(n).least for n in ("streaming", "laq++", "snapkv", "laq")] == [
         12,
         44,

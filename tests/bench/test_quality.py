@@ -25,7 +25,7 @@ ROW = {
 METHODS = "full,full@q8_0,laq++,laq,position,deferred:lookahead_size=8,bounded,streaming,laq++@q8_0"
 SETTINGS = (
     "laq++:lookahead_size=5", "laq++:window_size=48", "laq++:n_sink=0:kernel_size=1",
-    "snapkv:snapkv_window=80", "laq++@q8_0:pooling=avg",
+    "snapkv:snapkv_window=80", "laq++@q8_0:pooling=avg", "laq++:lookahead_size=48",
 )  # fmt: skip
 
 COMMAND = (
@@ -89,7 +89,7 @@ def test_the_full_cache_is_what_others_are_compared_with(measured: tuple) -> Non
 
 
 def test_settings_in_a_name_are_those_of_its_rows(bench, tiny: Path, tmp_path: Path) -> None:
-    """A larger window than the default: allocated for all methods of the run."""
+    """More lookahead and window than the defaults have: allocated for all methods of the run."""
     out = tmp_path / "quality.json"
     done = bench(
         "quality", "--model", tiny, "--lengths", 1000, "--n-needles", 3, "--shares", "1/4",
@@ -103,6 +103,9 @@ def test_settings_in_a_name_are_those_of_its_rows(bench, tiny: Path, tmp_path: P
     for i in {r["id"] for r in rows}:
         plain = of[i, "laq++"]
         assert of[i, SETTINGS[0]]["n_pseudo"] == 5 < plain["n_pseudo"] <= 32
+        # the same tokens, and more of them where the reply does not end before
+        n_more = of[i, SETTINGS[-1]]["n_pseudo"] - plain["n_pseudo"]
+        assert 0 <= n_more <= 16 and (plain["n_pseudo"] == 32 or n_more == 0)
         for name in SETTINGS[:4]:
             row = of[i, name]
             assert (row["kv_bytes"], row["n_kept"]) == (plain["kv_bytes"], plain["n_kept"])

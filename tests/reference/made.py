@@ -31,8 +31,13 @@ def check_cells(cache: KVCache) -> None:
 
 def wide(n_cells: int, *, n_batch: int = 32, **params) -> KVCache:
     # values stay what they were: a cell is recognized by them
-    rules = {"budget": 32, "probe_size": 12, "lookahead_size": 8, "snapkv_window": 8}
-    rules["value_fit"] = 0
+    rules = {
+        "budget": 32,
+        "probe_size": 12,
+        "lookahead_size": 8,
+        "snapkv_window": 8,
+        "value_fit": 0,
+    }
     made = PolicyParams(**{**rules, **params})
     return KVCache(made, **SHAPE, n_cells=n_cells, n_batch=n_batch)
 

@@ -10,8 +10,13 @@ from reference.made import SHAPE, check_cells, make_room, tokens
 
 
 def opened(*, n_cells: int | None = None, recall: str | None = "turn", **params) -> RecallCache:
-    rules = {"budget": 32, "probe_size": 12, "lookahead": "pseudo", "lookahead_size": 8}
-    rules["value_fit"] = 0
+    rules = {
+        "budget": 32,
+        "probe_size": 12,
+        "lookahead": "pseudo",
+        "lookahead_size": 8,
+        "value_fit": 0,
+    }
     made = PolicyParams(**{**rules, **params})
     return RecallCache(made, recall=recall, **SHAPE, n_cells=n_cells, n_batch=32)
 
