@@ -14,7 +14,8 @@
 Each step leaves what it found in build/gpu_check, so that they can be run one at a time, where a
 command's time is limited: `gpu_check.py build ops perf`, then `gpu_check.py parity` and so on. A
 machine without network needs build/gpu_check/pack (under 64 MiB), made with `pack --python 3.12`
-where there is one.
+where there is one; with `--built` as well, what `build` compiled here for that machine
+(--cmake-args=-DCMAKE_CUDA_ARCHITECTURES=90) goes along in place of the sources.
 
 Standard library only: it starts with nothing installed.
 """
@@ -43,8 +44,10 @@ from dev import DevError, run
 ROOT = dev.ROOT
 FOLDER = dev.BUILD / "gpu_check"
 PACK, NATIVE, VENV = FOLDER / "pack", FOLDER / "native", FOLDER / "venv"
+PACK_SOURCES, PACK_BUILT = PACK / "sources.tar.xz", PACK / "built.tar.xz"
 SOURCES = ("ggml", "src", "include", "cmake", "vendor", "CMakeLists.txt", "LICENSE",
            "tests/test-backend-ops.cpp")  # fmt: skip
+BUILT = ("bin", "tests/test-backend-ops", "_laq_cffi.py")
 RESULTS = ROOT / "laq_gguf" / "bench" / "results"
 BACKENDS = {"cuda": "CUDA", "vulkan": "Vulkan", "metal": "MTL", "cpu": "CPU"}
 TESTS = ("tests/parity", "tests/integration/test_eviction.py",
@@ -69,6 +72,7 @@ def main() -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
     parser.add_argument("--backend", choices=BACKENDS, default="cuda")
     parser.add_argument("--python", help="pack: version of the other machine's Python")
+    parser.add_argument("--built", action="store_true", help="pack: libraries, not sources")
     parser.add_argument("--cmake-args", default="", help="build: more definitions, =-DNAME=VALUE")
     parser.add_argument("--quick", action="store_true",
                         help="few of the speeds, and a small model in short contexts")  # fmt: skip
@@ -90,13 +94,16 @@ def main() -> int:
 
 
 def pack(args: argparse.Namespace) -> None:
-    """The patched sources, and the wheels of what the other steps import."""
-    tree = patch.prepare(ROOT)
+    """The patched sources, or what `build` made of them, and the wheels of what the other steps
+    import."""
     wheels = PACK / "wheels"
     shutil.rmtree(PACK, ignore_errors=True)
     wheels.mkdir(parents=True)
-    with tarfile.open(PACK / "sources.tar.xz", "w:xz") as archive:
-        for name in SOURCES:
+    tree, names, target = NATIVE, BUILT, PACK_BUILT
+    if not args.built:
+        tree, names, target = patch.prepare(ROOT), SOURCES, PACK_SOURCES
+    with tarfile.open(target, "w:xz") as archive:
+        for name in names:
             archive.add(tree / name, name)
     binding = f"{dev.pin('package')}=={dev.pin('version')}"
     dev.ensure_venv()
@@ -120,18 +127,27 @@ def _requirements() -> list[str]:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Configure and compile; goes on where a run before it was stopped."""
+    """Compile, going on where a run before it stopped, or unpack what was compiled elsewhere."""
     python = VENV / "bin" / "python"
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None:
-            raise DevError(f"no {tool}: install it (the pack leaves it out, for its size)")
     if not python.exists():
         run(sys.executable, "-m", "venv", VENV, env=dict(os.environ))
     offline = ["--no-index", "--find-links", PACK / "wheels"] if PACK.is_dir() else []
     run(python, "-m", "pip", "install", "--quiet", *offline, *_requirements(), env=_env())
+    if PACK_BUILT.exists():
+        with tarfile.open(PACK_BUILT) as archive:
+            archive.extractall(NATIVE)
+    else:
+        _compile(args, python)
+    shutil.copy(NATIVE / "_laq_cffi.py", ROOT / "laq_gguf" / "_laq_cffi.py")
+
+
+def _compile(args: argparse.Namespace, python: Path) -> None:
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            raise DevError(f"no {tool}: install it (the pack leaves it out, for its size)")
     tree = FOLDER / "sources"
     if PACK.is_dir() and not (tree / "include").is_dir():
-        with tarfile.open(PACK / "sources.tar.xz") as archive:
+        with tarfile.open(PACK_SOURCES) as archive:
             archive.extractall(tree)
     if not PACK.is_dir():
         tree = patch.prepare(ROOT)
@@ -143,7 +159,6 @@ def build(args: argparse.Namespace) -> None:
     words = [*(f"-D{define}" for define in defines), *shlex.split(args.cmake_args)]
     run("cmake", "-S", ROOT / "native", "-B", NATIVE, "-G", "Ninja", *words, env=_env())
     run("cmake", "--build", NATIVE, env=_env())
-    shutil.copy(NATIVE / "_laq_cffi.py", ROOT / "laq_gguf" / "_laq_cffi.py")
 
 
 def cublas_of_package(python: Path) -> list[str]:
@@ -179,6 +194,10 @@ def _headers_alone(folder: Path) -> Path:
 
 def _env(**extra: str) -> dict[str, str]:
     own = {"PYTHONPATH": str(ROOT), "LAQ_LIB_PATH": str(NATIVE / "bin"), **dev.PASSIVE}
+    if PACK_BUILT.exists():  # the paths in it are the other machine's
+        packages = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/lib")
+        folders = [str(NATIVE / "bin"), *map(str, packages), os.environ.get("LD_LIBRARY_PATH", "")]
+        own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
     return dev.venv_env(VENV, **own, **extra)
 
 
