@@ -249,13 +249,21 @@ template <typename T> static uint64_t bytes_of(const T & bufs) {
     return res;
 }
 
-std::vector<float> laq_cache::query(uint32_t ikv, int32_t slot) const {
-    const laq_layer &        layer = layers[ikv];
-    std::vector<ggml_fp16_t> row(layer.n_ring_q());
-    std::vector<float>       res(row.size());
-    ggml_backend_tensor_get(layer.ring, row.data(), slot * layer.ring->nb[1], row.size() * sizeof(ggml_fp16_t));
-    ggml_fp16_to_fp32_row(row.data(), res.data(), row.size());
+std::vector<float> laq_cache::queries(uint32_t ikv, int32_t slot, uint32_t n) const {
+    const laq_layer &    layer = layers[ikv];
+    const size_t         n_row = layer.n_ring_q();
+    const size_t         step  = layer.ring->nb[1];
+    std::vector<uint8_t> rows((n - 1) * step + n_row * sizeof(ggml_fp16_t));
+    std::vector<float>   res(n * n_row);
+    ggml_backend_tensor_get(layer.ring, rows.data(), slot * step, rows.size());
+    for (uint32_t i = 0; i < n; ++i) {
+        ggml_fp16_to_fp32_row((const ggml_fp16_t *) (rows.data() + i * step), res.data() + i * n_row, n_row);
+    }
     return res;
+}
+
+int laq_cache::n_threads() const {
+    return ctx->get_cparams().n_threads_batch;
 }
 
 uint64_t laq_cache::kv_bytes() const {

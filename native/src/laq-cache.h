@@ -220,13 +220,14 @@ struct laq_cache {
     uint32_t              n_used() const;
     uint32_t              n_cells() const;
     int32_t               n_tokens(int32_t seq_id) const;  // last position + 1
+    int                   n_threads() const;               // of what the host does between graphs
     uint32_t              n_head_kv_max() const;
 
     // position that head `h` of KV layer `ikv` holds in a cell of a sequence
     int32_t pos_at(int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const;
 
-    // queries in slots of the rings, from the backend's memory: F32 [n_head][n_embd_head_k]
-    std::vector<float> query(uint32_t ikv, int32_t slot) const;
+    // queries in n slots of a ring, from the backend's memory: F32 [n][n_head][n_embd_head_k]
+    std::vector<float> queries(uint32_t ikv, int32_t slot, uint32_t n) const;
 
     uint64_t kv_bytes() const;
     uint64_t ring_bytes() const;

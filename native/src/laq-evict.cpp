@@ -2,6 +2,7 @@
 
 #include "laq-cache.h"
 #include "laq-recall.h"
+#include "laq-threads.h"
 
 #include "ggml.h"
 #include "llama-impl.h"
@@ -71,23 +72,36 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
     }
     const uint32_t n_shared = std::count(own.begin(), own.end(), 0);
 
-    laq_kept             res(layers.size());
-    std::vector<int32_t> pos(at.size());
-    std::vector<float>   s(at.size());
+    const auto choose = [&](uint32_t ikv, uint32_t h) {
+        std::vector<int32_t> pos(at.size());
+        std::vector<float>   s(scores.rows.empty() ? 0 : at.size());
+        for (uint32_t i = 0; i < at.size(); ++i) {
+            pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
+        }
+        for (uint32_t i = 0; i < s.size(); ++i) {
+            s[i] = scores.rows[ikv][h * order.size() + at[i]];
+        }
+        const float *         of_head = s.empty() ? nullptr : s.data();
+        std::vector<uint32_t> kept =
+            laq_keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared);
+        for (uint32_t & i : kept) {
+            i = at[i];
+        }
+        return kept;
+    };
+
+    laq_kept                                   res(layers.size());
+    std::vector<std::pair<uint32_t, uint32_t>> heads;
     for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
+        res[ikv].resize(layers[ikv].n_head_kv);
         for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            for (uint32_t i = 0; i < at.size(); ++i) {
-                pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
-                s[i]   = scores.rows.empty() ? 0.0f : scores.rows[ikv][h * order.size() + at[i]];
-            }
-            const float * of_head = scores.rows.empty() ? nullptr : s.data();
-            res[ikv].push_back(
-                laq_keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared));
-            for (uint32_t & i : res[ikv].back()) {
-                i = at[i];
-            }
+            heads.push_back({ ikv, h });
         }
     }
+    laq_parallel(heads.size(), at.size(), n_threads(), [&](uint32_t i) {
+        const auto [ikv, h] = heads[i];
+        res[ikv][h]         = choose(ikv, h);
+    });
     return res;
 }
 
@@ -123,14 +137,17 @@ static std::vector<laq_observation> fitted_to(const laq_cache & laq, const laq_e
 // what is kept, and what was decoded ahead with it where that is asked for
 static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
                         const laq_kept & kept, bool with_ahead) {
+    const uint32_t first_ahead = with_ahead ? n_before(laq, order, e.n_end) : order.size();
+
     laq_rows res(kept.size());
     for (uint32_t ikv = 0; ikv < kept.size(); ++ikv) {
         for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
             std::vector<laq_row> & rows = res[ikv].emplace_back();
+            rows.reserve(kept[ikv][h].size() + order.size() - first_ahead);
             for (const uint32_t i : kept[ikv][h]) {
                 rows.push_back({ laq.pos_at(e.seq_id, ikv, h, order[i]), (int32_t) order[i] });
             }
-            for (uint32_t i = n_before(laq, order, e.n_end); with_ahead && i < order.size(); ++i) {
+            for (uint32_t i = first_ahead; i < order.size(); ++i) {
                 rows.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
             }
         }
@@ -155,12 +172,14 @@ static std::vector<uint8_t> owned(const laq_cache & laq, const std::vector<uint3
 }
 
 bool laq_cache::choose_again(const laq_eviction & e) {
+    ctx->synchronize();
     const std::vector<uint32_t> order = resident(e.seq_id);
     laq_archive_leaving(*this, e, order);
     return reselect(e, order, owned(*this, order));
 }
 
 void laq_cache::evict(const laq_eviction & e) {
+    ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
     const std::vector<uint32_t> order = resident(e.seq_id);
     const std::vector<uint8_t>  own   = owned(*this, order);
     if (recall) {

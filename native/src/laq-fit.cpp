@@ -32,9 +32,27 @@ static void scale(double * dst, int64_t n, double factor) {
     }
 }
 
-static void subtract(double * dst, const double * src, int64_t n, double factor) {
-    for (int64_t i = 0; i < n; ++i) {
-        dst[i] -= factor * src[i];
+// dst -= the sum of n_rows rows of n numbers, each times its factor; from one row or factor to the next: strides. Four
+// rows at a time, so that dst is loaded and stored a fourth as often.
+static void subtract(double * dst, const double * rows, int64_t stride, const double * factors, int64_t stride_f,
+                     int64_t n_rows, int64_t n) {
+    int64_t k = 0;
+    for (; k + 4 <= n_rows; k += 4) {
+        const double * a = rows + k * stride;
+        const double * b = a + stride;
+        const double * c = b + stride;
+        const double * d = c + stride;
+        const double * f = factors + k * stride_f;
+
+        const double fa = f[0], fb = f[stride_f], fc = f[2 * stride_f], fd = f[3 * stride_f];
+        for (int64_t i = 0; i < n; ++i) {
+            dst[i] -= (fa * a[i] + fb * b[i]) + (fc * c[i] + fd * d[i]);
+        }
+    }
+    for (; k < n_rows; ++k) {
+        for (int64_t i = 0; i < n; ++i) {
+            dst[i] -= factors[k * stride_f] * rows[k * stride + i];
+        }
     }
 }
 
@@ -43,27 +61,24 @@ static void subtract(double * dst, const double * src, int64_t n, double factor)
 static void solve(const float * g, const float * r, double ridge, int64_t m, int64_t n_rhs, float * z) {
     std::vector<double> u(g, g + m * m);  // the upper triangle becomes Cholesky's: g + ridge I = u^T u
     std::vector<double> x(r, r + m * n_rhs);
-    for (int64_t k = 0; k < m; ++k) {
-        double *     row   = u.data() + k * m;
-        double *     x_k   = x.data() + k * n_rhs;
-        const double pivot = row[k] + ridge;
-        if (!(pivot > 0.0)) {
+    for (int64_t i = 0; i < m; ++i) {
+        double * row = u.data() + i * m;
+        double * x_i = x.data() + i * n_rhs;
+        subtract(row + i, u.data() + i, m, u.data() + i, m, i, m - i);
+        subtract(x_i, x.data(), n_rhs, u.data() + i, m, i, n_rhs);
+        row[i] += ridge;
+        if (!(row[i] > 0.0)) {
             std::fill(z, z + m * n_rhs, 0.0f);
             return;
         }
-        row[k] = pivot;
-        scale(row + k, m - k, 1.0 / std::sqrt(pivot));
-        scale(x_k, n_rhs, 1.0 / row[k]);
-        for (int64_t i = k + 1; i < m; ++i) {
-            subtract(u.data() + i * m + i, row + i, m - i, row[i]);
-            subtract(x.data() + i * n_rhs, x_k, n_rhs, row[i]);
-        }
+        scale(row + i, m - i, 1.0 / std::sqrt(row[i]));
+        scale(x_i, n_rhs, 1.0 / row[i]);
     }
     for (int64_t i = m - 1; i >= 0; --i) {
-        scale(x.data() + i * n_rhs, n_rhs, 1.0 / u[i * m + i]);
-        for (int64_t k = 0; k < i; ++k) {
-            subtract(x.data() + k * n_rhs, x.data() + i * n_rhs, n_rhs, u[k * m + i]);
-        }
+        const double * row = u.data() + i * m;
+        double *       x_i = x.data() + i * n_rhs;
+        subtract(x_i, x_i + n_rhs, n_rhs, row + i + 1, 1, m - 1 - i, n_rhs);
+        scale(x_i, n_rhs, 1.0 / row[i]);
     }
     for (int64_t i = 0; i < m; ++i) {
         for (int64_t c = 0; c < n_rhs; ++c) {
@@ -133,7 +148,8 @@ static ggml_tensor * value_rows(ggml_context * ctx, const laq_cache & laq, ggml_
 static ggml_tensor * turn_back(ggml_context * ctx, ggml_tensor * v, ggml_tensor * rows) {
     const int64_t n_from   = rows->ne[1];
     ggml_tensor * channels = ggml_view_2d(ctx, v, n_from, v->ne[0], v->ne[1] * ggml_type_size(v->type), 0);
-    return ggml_cpy(ctx, ggml_transpose(ctx, rows), channels);
+    // in two steps: where CUDA transposes while it copies, it takes what it writes for contiguous (ggml-cuda/cpy.cu)
+    return ggml_cpy(ctx, ggml_cont(ctx, ggml_transpose(ctx, rows)), channels);
 }
 
 static void add_layer(laq_cache & laq, fit_graph & fg, uint32_t ikv, int64_t n_from) {

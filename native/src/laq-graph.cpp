@@ -280,14 +280,17 @@ static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_
     const int64_t n_kv = sg.mask->ne[0];
 
     // a query sees its sequence up to its own position
-    std::vector<int32_t> slots;
-    std::vector<float>   mask(n_kv * obs.size(), -INFINITY);
-    for (const laq_observation & o : obs) {
-        for (int64_t i = 0; i < n_kv; ++i) {
-            if (!laq.cells().is_empty(i) && laq.cells().seq_has(i, seq_id) && laq.cells().pos_get(i) <= o.pos) {
-                mask[slots.size() * n_kv + i] = 0.0f;
-            }
+    std::vector<int32_t> pos(n_kv, INT32_MAX);
+    for (int64_t i = 0; i < n_kv; ++i) {
+        if (!laq.cells().is_empty(i) && laq.cells().seq_has(i, seq_id)) {
+            pos[i] = laq.cells().pos_get(i);
         }
+    }
+    std::vector<int32_t> slots;
+    std::vector<float>   mask(n_kv * obs.size());
+    for (const laq_observation & o : obs) {
+        std::transform(pos.begin(), pos.end(), mask.begin() + slots.size() * n_kv,
+                       [&](int32_t p) { return p <= o.pos ? 0.0f : -INFINITY; });
         slots.push_back(o.slot);
     }
     ggml_backend_tensor_set(sg.slots, slots.data(), 0, ggml_nbytes(sg.slots));
@@ -319,12 +322,10 @@ laq_scores laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> 
         raw.resize(ggml_nelements(t));
         ggml_backend_tensor_get(t, raw.data(), 0, ggml_nbytes(t));
 
-        std::vector<float> & dst = out.rows.emplace_back();
-        dst.reserve(t->ne[1] * order.size());
+        std::vector<float> & dst = out.rows.emplace_back(t->ne[1] * order.size());
         for (int64_t h = 0; h < t->ne[1]; ++h) {
-            for (const uint32_t cell : order) {
-                dst.push_back(raw[h * t->ne[0] + cell]);
-            }
+            std::transform(order.begin(), order.end(), dst.begin() + h * order.size(),
+                           [&](uint32_t cell) { return raw[h * t->ne[0] + cell]; });
         }
     }
     return out;

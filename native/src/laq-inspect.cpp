@@ -53,7 +53,7 @@ laq_status laq_get_queries(const laq_cache * laq, uint32_t ikv, int32_t * pos, f
         laq_check(n == held.size() * n_row, "dst needs n_queries*n_head*n_embd_head_k elements");
         for (const int32_t p : held) {
             *pos++                       = p;
-            const std::vector<float> row = laq->query(ikv, ring.slot_of(p));
+            const std::vector<float> row = laq->queries(ikv, ring.slot_of(p), 1);
             dst                          = std::copy(row.begin(), row.end(), dst);
         }
     });

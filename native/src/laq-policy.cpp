@@ -1,6 +1,8 @@
 #include "laq-policy.h"
 
 #include <algorithm>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -48,28 +50,34 @@ void laq_follow(const float * src, const int32_t * pos, float * dst, uint32_t n,
     }
 }
 
+// integers that are ordered as the numbers are
+static uint32_t ordered(float x) {
+    uint32_t bits;
+    x += 0.0f;  // 0 for -0
+    memcpy(&bits, &x, sizeof(bits));
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
 std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint32_t n, uint32_t n_budget) {
-    std::vector<uint32_t> idx(n);
-    std::iota(idx.begin(), idx.end(), 0u);
-    if (n <= n_budget) {
-        return idx;
+    std::vector<uint32_t> res(std::min(n, n_budget));
+    std::iota(res.begin(), res.end(), 0u);
+    if (n <= n_budget || n_budget == 0) {
+        return res;
     }
-    // strict weak order: no two entries are equal, so the result does not depend on the algorithm
-    const auto before = [&](uint32_t a, uint32_t b) {
-        if (pinned[a] != pinned[b]) {
-            return pinned[a] > pinned[b];
-        }
-        if (!pinned[a] && scores[a] != scores[b]) {
-            return scores[a] > scores[b];
-        }
-        return a < b;
-    };
-    if (n_budget > 0) {
-        std::nth_element(idx.begin(), idx.begin() + (n_budget - 1), idx.end(), before);
+    // One number for each entry, the larger the better: pinned, then score, then the lower index. No two are equal, so the
+    // result does not depend on the algorithm.
+    std::vector<uint64_t> keys(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        keys[i] = (uint64_t) (pinned[i] ? UINT32_MAX : ordered(scores[i])) << 32 | (UINT32_MAX - i);
     }
-    idx.resize(n_budget);
-    std::sort(idx.begin(), idx.end());
-    return idx;
+    std::vector<uint64_t> best(keys);
+    std::nth_element(best.begin(), best.begin() + (n_budget - 1), best.end(), std::greater<uint64_t>());
+    const uint64_t last = best[n_budget - 1];
+    for (uint32_t i = 0, n_res = 0; n_res < n_budget; ++i) {
+        res[n_res] = i;
+        n_res += keys[i] >= last;
+    }
+    return res;
 }
 
 float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos) {

@@ -12,6 +12,7 @@
 #include <utility>
 
 static std::vector<float> last_logits(const laq_cache & laq) {
+    laq.ctx->synchronize();  // a device may still compute them
     const float * logits = laq.ctx->get_logits_ith(-1);
     if (!logits) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
@@ -114,7 +115,7 @@ static void evict_by_probe(laq_cache & laq, int32_t seq_id, const llama_token * 
             decode(laq, seq_id, probe + i, n);
         }
         laq.stats.n_probe += n_probe;
-        const std::vector<float> logits = last_logits(laq);  // waits for them
+        const std::vector<float> logits = last_logits(laq);
         laq.stats.ms_probe += (ggml_time_us() - t0) / 1000.0;
 
         const uint32_t n_ahead = decode_ahead(laq, seq_id, logits, laq_policy_probe_ahead(laq.params));

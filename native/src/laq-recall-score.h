@@ -56,6 +56,9 @@ class laq_score_stream {
     void     score(const laq_head_op & op, float * dst);  // dst [n_kv]
     uint64_t bytes() const { return ggml_backend_buffer_get_size(buf.get()); }
 
+    // host memory for keys, from which the device copies without a detour; nullptr: it has none of this size
+    uint8_t * keys(size_t size) const;
+
   private:
     ggml_tensor * add(const laq_head_op & op, ggml_context * c, bool upload);
 
@@ -63,7 +66,8 @@ class laq_score_stream {
     laq_head_size           most;
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
-    ggml_tensor *           q;  // each as large as it may get
+    ggml_backend_buffer_ptr host;  // for the keys, if the device has memory of its own for it
+    ggml_tensor *           q;     // each as large as it may get
     ggml_tensor *           k;
     ggml_tensor *           mask;
     ggml_tensor *           sinks;
@@ -84,6 +88,9 @@ class laq_recall_scorer {
     // What does not fit into the device's buffer is scored by the CPU.
     void score(uint32_t ikv, const laq_head_op & op, float * dst);
 
+    // host memory in which the keys of a head may be brought together, until it is asked for again
+    uint8_t * keys(uint32_t ikv, size_t size);
+
     uint64_t next_mask() { return ++n_masks; }
 
     uint64_t bytes() const;
@@ -101,6 +108,7 @@ class laq_recall_scorer {
     ggml_backend_ptr                               cpu;
     std::vector<std::unique_ptr<laq_score_stream>> streams;
     std::vector<laq_score_stream *>                of_layer;  // nullptr: the CPU
+    std::vector<uint8_t>                           gathered;
     uint64_t                                       n_masks = 0;
 };
 

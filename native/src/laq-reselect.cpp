@@ -3,6 +3,7 @@
 #include "laq-recall.h"
 
 #include "laq-move.h"
+#include "laq-threads.h"
 
 #include "ggml-backend.h"
 #include "llama-impl.h"
@@ -49,6 +50,14 @@ struct layer_queries {
     layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs);
 };
 
+// of the rows that the budget takes, those that are resident
+struct overlap {
+    size_t n_same = 0;
+    size_t n_all  = 0;
+};
+
+using rows_of_layer = laq_rows::value_type;
+
 // a re-selection while it is made
 struct reselection {
     laq_cache &                          laq;
@@ -62,13 +71,12 @@ struct reselection {
     std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
     std::vector<int32_t> masked;
     uint64_t             mask_id = 0;
-    size_t               n_same  = 0;  // of the rows that the budget takes in the first layers, those that are resident
-    size_t               n_all   = 0;
+    overlap              old;  // in the first layers
 
-    laq_rows                        rows;
-    std::vector<recalled_layer>     recalled;
-    std::vector<std::vector<float>> scores;      // per layer: those of its heads, one after the other
-    laq_rows                        candidates;  // while debugging
+    laq_rows                                     rows;
+    std::vector<recalled_layer>                  recalled;
+    std::vector<std::vector<std::vector<float>>> scores;      // per layer and head
+    laq_rows                                     candidates;  // while debugging
 
     enum class result { DONE, SAME, LOST };
 
@@ -90,9 +98,10 @@ struct reselection {
                        const laq_cell_rows & cells, uint8_t * dst) const;
     void        set_mask(const std::vector<laq_row> & rows);
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
-    std::vector<float> remembered(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv,
+    std::vector<float> remembered(const std::vector<laq_row> & of_head, const std::vector<float> & s, uint32_t ikv,
                                   uint32_t h) const;
-    void               choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h);
+    void               score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys);
+    overlap            choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
     bool               fetch(uint32_t ikv, const archive_part & keys);
     result             run_layer(uint32_t ikv);
 };
@@ -204,8 +213,8 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
 }
 
 // As laq_cache::remember(). What had left the cells when a probe looked counts as nothing then.
-std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv,
-                                           uint32_t h) const {
+std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, const std::vector<float> & s,
+                                           uint32_t ikv, uint32_t h) const {
     const float *      memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
     std::vector<float> res(of_head.size());
     for (size_t i = 0; i < res.size(); ++i) {
@@ -217,31 +226,35 @@ std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head,
     return res;
 }
 
-void reselection::choose(const std::vector<laq_row> & of_head, const float * s, uint32_t ikv, uint32_t h) {
+// what a head gets; in the first layers, how much of it is there
+overlap reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head) {
+    std::vector<float> s = scores[ikv][h];
+    if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
+        s = remembered(of_head, s, ikv, h);
+    }
     std::vector<int32_t> pos;
+    pos.reserve(of_head.size());
     for (const laq_row & row : of_head) {
         if (row.pos < e.n_end) {
             pos.push_back(row.pos);
         }
     }
-    const laq_head_view    view   = { pos.data(), s, (uint32_t) pos.size(), e.n_intact };
-    std::vector<laq_row> & chosen = rows[ikv].emplace_back();
-    std::vector<uint32_t>  kept   = laq_keep_of_head(params, ikv, h, view, 0);
+    const laq_head_view   view = { pos.data(), s.data(), (uint32_t) pos.size(), e.n_intact };
+    std::vector<uint32_t> kept = laq_keep_of_head(params, ikv, h, view, 0);
+    rows[ikv][h].reserve(kept.size());
     for (const uint32_t i : kept) {
-        chosen.push_back(of_head[i]);
+        rows[ikv][h].push_back(of_head[i]);
     }
     if (ikv >= LAQ_RECALL_LAYERS) {
-        return;
+        return {};
     }
     if (params.n_kv_budget > laq.params.n_kv_budget) {
         laq_params p  = params;
         p.n_kv_budget = laq.params.n_kv_budget;
         kept          = laq_keep_of_head(p, ikv, h, view, 0);
     }
-    for (const uint32_t i : kept) {
-        n_same += of_head[i].cell >= 0;
-    }
-    n_all += kept.size();
+    const size_t n_same = std::count_if(kept.begin(), kept.end(), [&](uint32_t i) { return of_head[i].cell >= 0; });
+    return { n_same, kept.size() };
 }
 
 // false: a block was lost
@@ -265,32 +278,61 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
         const ggml_type      there = laq.recall->type[part];
         const int64_t        n     = laq_n_embd_of(laq, ikv, part);
         const size_t         n_row = ggml_row_size(type, n);
-        for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
-            std::vector<uint8_t> & dst = recalled[ikv].bytes[part].emplace_back();
-            for (const laq_row & row : rows[ikv][h]) {
-                if (comes_back(part, row)) {
-                    dst.resize(dst.size() + n_row);
-                    laq_convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type,
-                                dst.data() + dst.size() - n_row, n);
+
+        std::vector<std::vector<uint8_t>> & bytes = recalled[ikv].bytes[part];
+        bytes.resize(rows[ikv].size());
+        const auto is_back = [&](const laq_row & row) { return comes_back(part, row); };
+        laq_parallel(bytes.size(), rows[ikv][0].size() * n, laq.n_threads(), [&](uint32_t h) {
+            const std::vector<laq_row> & of_head = rows[ikv][h];
+            bytes[h].resize(std::count_if(of_head.begin(), of_head.end(), is_back) * n_row);
+            uint8_t * dst = bytes[h].data();
+            for (const laq_row & row : of_head) {
+                if (is_back(row)) {
+                    laq_convert(there, from.row(h, row.pos, ggml_row_size(there, n)), type, dst, n);
+                    dst += n_row;
                 }
             }
-        }
+        });
     }
     return true;
 }
 
 layer_queries::layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) :
     queries(obs.size() * laq.layers[ikv].n_ring_q()), sinks(laq.layers[ikv].sinks ? laq.layers[ikv].n_head : 0) {
-    const laq_layer & layer = laq.layers[ikv];
-    const size_t      d     = layer.n_embd_head_k;
+    const laq_layer & layer   = laq.layers[ikv];
+    const size_t      d       = layer.n_embd_head_k;
+    const auto        by_slot = [](const laq_observation & a, const laq_observation & b) { return a.slot < b.slot; };
+    const auto [first, last]  = std::minmax_element(obs.begin(), obs.end(), by_slot);
+
+    const std::vector<float> all = laq.queries(ikv, first->slot, last->slot - first->slot + 1);
     for (size_t j = 0; j < obs.size(); ++j) {
-        const std::vector<float> row = laq.query(ikv, obs[j].slot);
+        const float * row = all.data() + (obs[j].slot - first->slot) * layer.n_ring_q();
         for (uint32_t h = 0; h < layer.n_head; ++h) {
-            std::copy_n(row.data() + h * d, d, queries.data() + (h * obs.size() + j) * d);
+            std::copy_n(row + h * d, d, queries.data() + (h * obs.size() + j) * d);
         }
     }
     if (layer.sinks) {
         ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, sinks.size() * sizeof(float));
+    }
+}
+
+// one head at a time: its keys are brought together, which are many
+void reselection::score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys) {
+    const laq_cell_rows cells(laq, ikv, false, 0, laq.cells().used_max_p1());
+    const layer_queries by(laq, ikv, obs);
+    for (uint32_t h = 0; h < of_heads.size(); ++h) {
+        const std::vector<laq_row> & of_head = of_heads[h];
+        set_mask(of_head);
+        laq_head_op     op       = op_of(of_head, ikv, h, by);
+        const size_t    n_row    = ggml_row_size(op.type, op.n_embd_head);
+        uint8_t * const gathered = laq.recall->scorer.keys(ikv, of_head.size() * n_row);
+
+        op.k    = gathered;
+        op.fill = [&](int64_t i0, int64_t i1) {
+            gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered + i0 * n_row);
+        };
+        scores[ikv][h].resize(of_head.size());
+        laq.recall->scorer.score(ikv, op, scores[ikv][h].data());
     }
 }
 
@@ -299,35 +341,24 @@ reselection::result reselection::run_layer(uint32_t ikv) {
     if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
         return result::LOST;
     }
-    const laq_cell_rows  cells(laq, ikv, false, 0, laq.cells().used_max_p1());
-    const layer_queries  by(laq, ikv, obs);
-    std::vector<uint8_t> gathered;
-    for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
-        std::vector<laq_row> of_head = candidates_of(ikv, h);
-        set_mask(of_head);
-        const size_t begin = scores[ikv].size();
-        scores[ikv].resize(begin + of_head.size());
-
-        laq_head_op  op    = op_of(of_head, ikv, h, by);
-        const size_t n_row = ggml_row_size(op.type, op.n_embd_head);
-        gathered.resize(of_head.size() * n_row);
-        op.k    = gathered.data();
-        op.fill = [&](int64_t i0, int64_t i1) {
-            gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered.data() + i0 * n_row);
-        };
-        laq.recall->scorer.score(ikv, op, scores[ikv].data() + begin);
-        const float * raw = scores[ikv].data() + begin;
-        if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
-            choose(of_head, remembered(of_head, raw, ikv, h).data(), ikv, h);
-        } else {
-            choose(of_head, raw, ikv, h);
-        }
-        if (laq.debug) {
-            candidates[ikv].push_back(std::move(of_head));
-        }
+    const uint32_t n      = laq.layers[ikv].n_head_kv;
+    const size_t   n_most = archived.size() + order.size();
+    rows_of_layer  of_heads(n);
+    laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
+    scores[ikv].resize(n);
+    score(ikv, of_heads, keys);
+    rows[ikv].resize(n);
+    std::vector<overlap> found(n);
+    laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { found[h] = choose(ikv, h, of_heads[h]); });
+    for (const overlap & f : found) {
+        old.n_same += f.n_same;
+        old.n_all += f.n_all;
+    }
+    if (laq.debug) {
+        candidates[ikv] = std::move(of_heads);
     }
     if (ikv + 1 == std::min<uint32_t>(LAQ_RECALL_LAYERS, laq.layers.size()) &&
-        n_all - n_same < LAQ_RECALL_NEW * n_all) {
+        old.n_all - old.n_same < LAQ_RECALL_NEW * old.n_all) {
         return result::SAME;
     }
     return fetch(ikv, keys) ? result::DONE : result::LOST;
@@ -341,7 +372,7 @@ reselection::result reselection::run() {
     }
     params.n_kv_budget = n_kept();
     const size_t n     = laq.layers.size();
-    n_same = n_all = 0;
+    old                = {};
     masked.clear();
     rows.assign(n, {});
     recalled.assign(n, {});
@@ -370,12 +401,12 @@ void reselection::keep_scores() const {
     laq.scores.clear();
     for (uint32_t ikv = 0; ikv < candidates.size(); ++ikv) {
         std::vector<float> & dst = laq.scores.emplace_back(candidates[ikv].size() * pos.size());
-        size_t               i   = 0;
         for (uint32_t h = 0; h < candidates[ikv].size(); ++h) {
-            for (const laq_row & row : candidates[ikv][h]) {
-                const size_t at = std::lower_bound(pos.begin(), pos.end(), row.pos) - pos.begin();
+            const std::vector<laq_row> & of_head = candidates[ikv][h];
+            for (size_t i = 0; i < of_head.size(); ++i) {
+                const size_t at = std::lower_bound(pos.begin(), pos.end(), of_head[i].pos) - pos.begin();
 
-                dst[h * pos.size() + at] = scores[ikv][i++];
+                dst[h * pos.size() + at] = scores[ikv][h][i];
             }
         }
     }
