@@ -3,6 +3,7 @@
 
 #include "laq-cache.h"
 #include "laq-move.h"
+#include "laq-threads.h"
 
 #include <algorithm>
 
@@ -21,6 +22,42 @@ static cell_list places(const llama_kv_cells & table, const cell_list & freed, u
     return dst;
 }
 
+// what comes back from the archive has no cell: whatever is there stays until it is written
+static laq_moves moves_of(const laq_cache & laq, const laq_rows & rows, const cell_list & dst) {
+    laq_moves res = { dst, std::vector<std::vector<cell_list>>(rows.size()) };
+    laq_parallel(rows.size(), laq.n_head_kv_max() * dst.size(), laq.n_threads(), [&](uint32_t ikv) {
+        res.src[ikv].resize(rows[ikv].size(), cell_list(dst.size()));
+        for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
+            std::transform(rows[ikv][h].begin(), rows[ikv][h].end(), dst.begin(), res.src[ikv][h].begin(),
+                           [](const laq_row & row, uint32_t to) { return row.cell < 0 ? to : (uint32_t) row.cell; });
+        }
+    });
+    return res;
+}
+
+// Note what each head holds now. Returns positions for the mask: below n_intact any will do that ascend and are unique, so
+// the lowest of all heads.
+static std::vector<int32_t> settle_origins(laq_cache & laq, const laq_rows & rows, const cell_list & dst) {
+    std::vector<std::vector<int32_t>> lowest(rows.size(), std::vector<int32_t>(dst.size(), INT32_MAX));
+    laq_parallel(rows.size(), laq.n_head_kv_max() * dst.size(), laq.n_threads(), [&](uint32_t ikv) {
+        for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
+            for (uint32_t i = 0; i < dst.size(); ++i) {
+                const int32_t held = rows[ikv][h][i].pos;
+
+                laq.layers[ikv].origin[(size_t) h * laq.n_cells() + dst[i]] = held;
+
+                lowest[ikv][i] = std::min(lowest[ikv][i], held);
+            }
+        }
+    });
+    std::vector<int32_t> res(dst.size(), INT32_MAX);
+    for (const std::vector<int32_t> & of_layer : lowest) {
+        std::transform(res.begin(), res.end(), of_layer.begin(), res.begin(),
+                       [](int32_t a, int32_t b) { return std::min(a, b); });
+    }
+    return res;
+}
+
 cell_list laq_cache::compact(const laq_eviction & e, const cell_list & order, const std::vector<uint8_t> & own,
                              const laq_rows & rows) {
     llama_kv_cells & table  = kv->v_cells[0];
@@ -34,34 +71,11 @@ cell_list laq_cache::compact(const laq_eviction & e, const cell_list & order, co
     }
     const cell_list dst = places(table, freed, n_kept);
 
-    // Positions for the mask: below n_intact any will do that ascend and are unique, so the lowest of all heads.
-    std::vector<int32_t>           pos(n_kept, INT32_MAX);
+    laq_move(*this, moves_of(*this, rows, dst));
+
+    std::vector<int32_t>           pos = settle_origins(*this, rows, dst);
     std::vector<llama_kv_cell_ext> ext(n_kept);
     uint32_t                       n_mixed = 0;
-
-    laq_moves moves = { dst, {} };
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        std::vector<cell_list> & src = moves.src.emplace_back(layers[ikv].n_head_kv);
-        for (uint32_t h = 0; h < src.size(); ++h) {
-            for (uint32_t i = 0; i < n_kept; ++i) {
-                const int32_t cell = rows[ikv][h][i].cell;
-                src[h].push_back(cell < 0 ? dst[i] : cell);
-            }
-        }
-    }
-    laq_move(*this, moves);
-
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            for (uint32_t i = 0; i < n_kept; ++i) {
-                const int32_t held = rows[ikv][h][i].pos;
-
-                layers[ikv].origin[(size_t) h * n_cells() + dst[i]] = held;
-
-                pos[i] = std::min(pos[i], held);
-            }
-        }
-    }
     for (uint32_t i = 0; i < n_kept; ++i) {
         const int32_t cell = rows[0][0][i].cell;
         ext[i]             = cell < 0 ? llama_kv_cell_ext() : table.ext_get(cell);

@@ -140,7 +140,7 @@ static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std
     const uint32_t first_ahead = with_ahead ? n_before(laq, order, e.n_end) : order.size();
 
     laq_rows res(kept.size());
-    for (uint32_t ikv = 0; ikv < kept.size(); ++ikv) {
+    laq_parallel(kept.size(), laq.n_head_kv_max() * kept[0][0].size(), laq.n_threads(), [&](uint32_t ikv) {
         for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
             std::vector<laq_row> & rows = res[ikv].emplace_back();
             rows.reserve(kept[ikv][h].size() + order.size() - first_ahead);
@@ -151,7 +151,7 @@ static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std
                 rows.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
             }
         }
-    }
+    });
     return res;
 }
 

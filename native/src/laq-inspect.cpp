@@ -92,7 +92,8 @@ laq_status laq_get_rows(const laq_cache * laq, uint32_t ikv, uint32_t head, bool
         laq->ctx->synchronize();
 
         const std::vector<uint32_t> order = laq->resident(0);
-        const laq_cell_rows         rows(*laq, ikv, is_v, 0, laq->cells().used_max_p1());
+        laq_host_buffer             fetched;
+        const laq_cell_rows         rows(*laq, ikv, is_v, 0, laq->cells().used_max_p1(), fetched);
         laq_check(n == order.size() * rows.row_size(), "dst needs n_resident rows");
         rows.get(head, order, dst);
     });

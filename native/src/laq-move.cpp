@@ -106,8 +106,23 @@ static void move_by_host(const laq_cache & laq, const laq_moves & moves) {
 // by rows
 //
 
-laq_cell_rows::laq_cell_rows(const laq_cache & laq, uint32_t ikv, bool is_v, uint32_t first, uint32_t last) :
-    t(is_v ? laq.v(ikv) : laq.k(ikv)) {
+uint8_t * laq_host_buffer::get(ggml_backend_dev_t dev, size_t size) {
+    ggml_backend_buffer_type_t wanted = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
+
+    wanted = wanted ? wanted : ggml_backend_cpu_buffer_type();
+    if (!buf || type != wanted || ggml_backend_buffer_get_size(buf.get()) < size) {
+        buf.reset();
+        buf.reset(ggml_backend_buft_alloc_buffer(wanted, size));
+        type = wanted;
+    }
+    if (!buf) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "no host memory for what is fetched from the cache");
+    }
+    return (uint8_t *) ggml_backend_buffer_get_base(buf.get());
+}
+
+laq_cell_rows::laq_cell_rows(const laq_cache & laq, uint32_t ikv, bool is_v, uint32_t first, uint32_t last,
+                             laq_host_buffer & fetched) : t(is_v ? laq.v(ikv) : laq.k(ikv)) {
     const laq_layer & layer = laq.layers[ikv];
     const uint32_t    n     = is_v ? layer.n_embd_head_v : layer.n_embd_head_k;
     const lane_layout l     = layout_of(t, layer.n_head_kv, n, is_v && laq.v_trans());
@@ -124,10 +139,9 @@ laq_cell_rows::laq_cell_rows(const laq_cache & laq, uint32_t ikv, bool is_v, uin
     }
     const bool whole = n_lanes > 1;
     offset           = whole ? 0 : first * t->nb[1];
-    copy.resize(whole ? ggml_nbytes(t) : (last - first) * t->nb[1]);
-    ggml_backend_tensor_get(t, copy.data(), offset, copy.size());
-    data          = copy.data() - offset;
-    n_transferred = copy.size();
+    n_transferred    = whole ? ggml_nbytes(t) : (last - first) * t->nb[1];
+    data             = fetched.get(laq_device_of(t->buffer), ggml_nbytes(t)) - offset;
+    ggml_backend_tensor_get(t, data + offset, offset, n_transferred);
 }
 
 void laq_cell_rows::get(uint32_t head, const std::vector<uint32_t> & cells, uint8_t * dst) const {
@@ -153,8 +167,8 @@ const uint8_t * laq_cell_rows::at(uint32_t head, uint32_t c) const {
 }
 
 void laq_cell_rows::write() const {
-    if (!copy.empty()) {
-        ggml_backend_tensor_set(t, copy.data(), offset, copy.size());
+    if (n_transferred > 0) {
+        ggml_backend_tensor_set(t, data + offset, offset, n_transferred);
     }
 }
 

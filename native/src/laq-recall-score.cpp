@@ -92,19 +92,11 @@ laq_score_stream::laq_score_stream(ggml_backend_t backend, const laq_head_size &
                 " has no memory for the buffer that archived keys are scored in: recall_device = cpu takes none");
     }
     ggml_backend_buffer_clear(buf.get(), 0);
-    if (ggml_backend_buffer_type_t type = ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backend))) {
-        host.reset(ggml_backend_buft_alloc_buffer(type, ggml_nbytes(k)));
-    }
     // what the kernel allocates for itself grows with the keys: let it have all of it now
     const laq_head_op op = { most.type, most.n_embd_head, most.n_group, most.n_q, most.n_kv, nullptr, nullptr, nullptr,
                              0,         nullptr,          1.0f,         0.0f,     {} };
     const ggml_context_ptr gc = new_context(meta);
     compute(backend, gc.get(), add(op, gc.get(), false));
-}
-
-uint8_t * laq_score_stream::keys(size_t size) const {
-    const bool has = host && size <= ggml_backend_buffer_get_size(host.get());
-    return has ? (uint8_t *) ggml_backend_buffer_get_base(host.get()) : nullptr;
 }
 
 bool laq_score_stream::fits(const laq_head_op & op) const {
@@ -306,25 +298,39 @@ void laq_recall_scorer::place(const laq_cache & laq, ggml_type type_k) {
 }
 
 uint8_t * laq_recall_scorer::keys(uint32_t ikv, size_t size) {
-    uint8_t * of_device = of_layer[ikv] ? of_layer[ikv]->keys(size) : nullptr;
-    if (!of_device) {
-        gathered.resize(size);
-    }
-    return of_device ? of_device : gathered.data();
+    return gathered[i_gathered].get(of_layer[ikv] ? of_layer[ikv]->device() : nullptr, size);
 }
 
-void laq_recall_scorer::score(uint32_t ikv, const laq_head_op & op, float * dst) {
-    laq_score_stream * stream = of_layer[ikv];
-    if (stream && stream->fits(op)) {
-        if (op.fill) {
-            std::vector<uint8_t>   meta;
-            const ggml_context_ptr ctx = new_context(meta);
-            compute(cpu.get(), ctx.get(), keys_of(ctx.get(), op));
-        }
-        stream->score(op, dst);
-    } else {
-        score_in_place(cpu.get(), op, dst);
+void laq_recall_scorer::wait() {
+    if (running.valid()) {
+        running.get();
     }
+}
+
+void laq_recall_scorer::abandon() {
+    if (running.valid()) {
+        running.wait();
+        running = {};
+    }
+}
+
+void laq_recall_scorer::start(uint32_t ikv, const laq_head_op & op, float * dst) {
+    laq_score_stream * stream = of_layer[ikv];
+    if (!stream || !stream->fits(op)) {
+        wait();
+        score_in_place(cpu.get(), op, dst);
+        return;
+    }
+    if (op.fill) {
+        std::vector<uint8_t>   meta;
+        const ggml_context_ptr ctx = new_context(meta);
+        compute(cpu.get(), ctx.get(), keys_of(ctx.get(), op));
+    }
+    wait();
+    // the CPU's backend does one thing at a time: it scores when it is waited for
+    const auto when = is_cpu(stream->device()) ? std::launch::deferred : std::launch::async;
+    running         = std::async(when, [stream, op, dst] { stream->score(op, dst); });
+    i_gathered      = 1 - i_gathered;
 }
 
 uint64_t laq_recall_scorer::bytes() const {

@@ -3,6 +3,7 @@
 // Where archived and resident keys are scored together: on the CPU, or on the device of the layer's cache, one KV head at a
 // time through a buffer that never grows. Both give the same scores. Internal to libllama.
 
+#include "laq-move.h"
 #include "laq.h"
 
 #include "ggml-cpp.h"
@@ -10,6 +11,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,7 +33,8 @@ struct laq_head_op {
     float         scale;
     float         softcap;
 
-    // writes keys [i0, i1), by several threads at once; must not throw. Empty: they are there
+    // writes keys [i0, i1), by several threads at once; must not throw, nor change what else the op points to. Empty: they
+    // are there
     std::function<void(int64_t i0, int64_t i1)> fill;
 };
 
@@ -56,8 +59,7 @@ class laq_score_stream {
     void     score(const laq_head_op & op, float * dst);  // dst [n_kv]
     uint64_t bytes() const { return ggml_backend_buffer_get_size(buf.get()); }
 
-    // host memory for keys, from which the device copies without a detour; nullptr: it has none of this size
-    uint8_t * keys(size_t size) const;
+    ggml_backend_dev_t device() const { return ggml_backend_get_device(backend); }
 
   private:
     ggml_tensor * add(const laq_head_op & op, ggml_context * c, bool upload);
@@ -66,8 +68,7 @@ class laq_score_stream {
     laq_head_size           most;
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buf;
-    ggml_backend_buffer_ptr host;  // for the keys, if the device has memory of its own for it
-    ggml_tensor *           q;     // each as large as it may get
+    ggml_tensor *           q;  // each as large as it may get
     ggml_tensor *           k;
     ggml_tensor *           mask;
     ggml_tensor *           sinks;
@@ -85,10 +86,14 @@ class laq_recall_scorer {
     // laq_error if what was asked for cannot be had.
     void place(const laq_cache & laq, ggml_type type_k);
 
-    // What does not fit into the device's buffer is scored by the CPU.
-    void score(uint32_t ikv, const laq_head_op & op, float * dst);
+    // Starts to bring the keys of a head together and to score them; dst [n_kv] is written, and what op points to is read,
+    // until wait(). Where a device scores, the keys of a head come together while those of the one before it are scored.
+    // What does not fit into the device's buffer is scored by the CPU. Throws laq_error.
+    void start(uint32_t ikv, const laq_head_op & op, float * dst);
+    void wait();
+    void abandon();  // wait(), and what it would throw is forgotten
 
-    // host memory in which the keys of a head may be brought together, until it is asked for again
+    // host memory for the keys of the head that is started next
     uint8_t * keys(uint32_t ikv, size_t size);
 
     uint64_t next_mask() { return ++n_masks; }
@@ -108,7 +113,9 @@ class laq_recall_scorer {
     ggml_backend_ptr                               cpu;
     std::vector<std::unique_ptr<laq_score_stream>> streams;
     std::vector<laq_score_stream *>                of_layer;  // nullptr: the CPU
-    std::vector<uint8_t>                           gathered;
+    laq_host_buffer                                gathered[2];
+    int                                            i_gathered = 0;  // the one for the head that is started next
+    std::future<void>                              running;         // after what it uses, so that it ends before
     uint64_t                                       n_masks = 0;
 };
 

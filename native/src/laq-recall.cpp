@@ -3,6 +3,8 @@
 
 #include "laq-recall.h"
 
+#include "laq-threads.h"
+
 #include "laq-move.h"
 
 #include "llama-impl.h"
@@ -150,22 +152,25 @@ static void archive_rows(laq_cache & laq, const std::vector<int32_t> & pos, cons
     const auto [first, last] = std::minmax_element(cells.begin(), cells.end());
 
     r.archive.open(pos);
-    std::vector<uint8_t> rows;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (int part = 0; part < 2; ++part) {
-            const ggml_type     type = laq_part_of(laq, ikv, part)->type;
-            const int64_t       n    = laq_n_embd_of(laq, ikv, part);
-            const laq_cell_rows view(laq, ikv, part == 1, *first, *last + 1);
-            for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
-                rows.resize(cells.size() * view.row_size());
-                view.get(h, cells, rows.data());
+            const ggml_type     type   = laq_part_of(laq, ikv, part)->type;
+            const int64_t       n      = laq_n_embd_of(laq, ikv, part);
+            const uint32_t      n_head = laq.layers[ikv].n_head_kv;
+            const laq_cell_rows view(laq, ikv, part == 1, *first, *last + 1, r.fetched);
+            // of each head, since what the archive allocated is touched first here, which takes longer than the copy
+            laq_parallel(n_head, cells.size() * n, laq.n_threads(), [&](uint32_t h) {
+                std::vector<uint8_t> row(view.row_size());
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    laq_convert(type, rows.data() + i * view.row_size(), r.type[part],
-                                r.archive.row(pos[i], ikv, part, h), n);
+                    const uint8_t * src = view.at(h, cells[i]);
+                    if (!src) {
+                        view.get(h, { cells[i] }, row.data());
+                        src = row.data();
+                    }
+                    laq_convert(type, src, r.type[part], r.archive.row(pos[i], ikv, part, h), n);
                 }
-                laq.stats.bytes_down += view.n_transferred ? 0 : rows.size();
-            }
-            laq.stats.bytes_down += view.n_transferred;
+            });
+            laq.stats.bytes_down += view.n_transferred ? view.n_transferred : n_head * cells.size() * view.row_size();
         }
     }
     r.archive.close(pos);

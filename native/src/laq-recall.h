@@ -4,6 +4,7 @@
 
 #include "laq-archive.h"
 #include "laq-cache.h"
+#include "laq-move.h"
 #include "laq-recall-score.h"
 
 // Of a selection's rows so many must be new, in the first layers, or nothing is brought back.
@@ -15,6 +16,7 @@ struct laq_recall_state {
     ggml_type         type[2];  // of archived K and V
     laq_archive       archive;
     laq_recall_scorer scorer;
+    laq_host_buffer   fetched;  // K or V of a layer
 
     // the last tokens decoded: that of position p is in slot p % n
     std::vector<int32_t>     pos;

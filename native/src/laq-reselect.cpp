@@ -2,7 +2,6 @@
 
 #include "laq-recall.h"
 
-#include "laq-move.h"
 #include "laq-threads.h"
 
 #include "ggml-backend.h"
@@ -96,6 +95,7 @@ struct reselection {
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
     void        gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const archive_part & keys,
                        const laq_cell_rows & cells, uint8_t * dst) const;
+    bool        is_masked(const std::vector<laq_row> & rows) const;
     void        set_mask(const std::vector<laq_row> & rows);
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
     std::vector<float> remembered(const std::vector<laq_row> & of_head, const std::vector<float> & s, uint32_t ikv,
@@ -173,13 +173,15 @@ void reselection::gather(const laq_row * first, const laq_row * last, uint32_t i
     }
 }
 
+bool reselection::is_masked(const std::vector<laq_row> & of_head) const {
+    const auto same = [](int32_t p, const laq_row & row) { return p == row.pos; };
+    return masked.size() == of_head.size() && std::equal(masked.begin(), masked.end(), of_head.begin(), same);
+}
+
 // a query sees up to its own position; archived tokens are before all queries
 void reselection::set_mask(const std::vector<laq_row> & of_head) {
-    const size_t n    = of_head.size();
-    const auto   same = [&](int32_t p, const laq_row & row) { return p == row.pos; };
-    if (masked.size() == n && std::equal(masked.begin(), masked.end(), of_head.begin(), same)) {
-        return;
-    }
+    const size_t n = of_head.size();
+
     mask_id = laq.recall->scorer.next_mask();
     masked.clear();
     for (const laq_row & row : of_head) {
@@ -318,11 +320,18 @@ layer_queries::layer_queries(const laq_cache & laq, uint32_t ikv, const std::vec
 
 // one head at a time: its keys are brought together, which are many
 void reselection::score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys) {
-    const laq_cell_rows cells(laq, ikv, false, 0, laq.cells().used_max_p1());
+    const laq_cell_rows cells(laq, ikv, false, 0, laq.cells().used_max_p1(), laq.recall->fetched);
     const layer_queries by(laq, ikv, obs);
+    const struct waits {
+        laq_recall_scorer & scorer;
+        ~waits() { scorer.abandon(); }
+    } to_the_end{ laq.recall->scorer };  // what is scored beside this reads from here
     for (uint32_t h = 0; h < of_heads.size(); ++h) {
         const std::vector<laq_row> & of_head = of_heads[h];
-        set_mask(of_head);
+        if (!is_masked(of_head)) {
+            laq.recall->scorer.wait();
+            set_mask(of_head);
+        }
         laq_head_op     op       = op_of(of_head, ikv, h, by);
         const size_t    n_row    = ggml_row_size(op.type, op.n_embd_head);
         uint8_t * const gathered = laq.recall->scorer.keys(ikv, of_head.size() * n_row);
@@ -332,8 +341,9 @@ void reselection::score(uint32_t ikv, const rows_of_layer & of_heads, const arch
             gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered + i0 * n_row);
         };
         scores[ikv][h].resize(of_head.size());
-        laq.recall->scorer.score(ikv, op, scores[ikv][h].data());
+        laq.recall->scorer.start(ikv, op, scores[ikv][h].data());
     }
+    laq.recall->scorer.wait();
 }
 
 reselection::result reselection::run_layer(uint32_t ikv) {
@@ -419,7 +429,7 @@ void reselection::upload(const std::vector<uint32_t> & dst) const {
     std::vector<uint32_t> cells;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (int part = 0; part < 2; ++part) {
-            laq_cell_rows view(laq, ikv, part == 1, 0, dst.back() + 1);
+            laq_cell_rows view(laq, ikv, part == 1, 0, dst.back() + 1, laq.recall->fetched);
             uint64_t      n_bytes = 0;
             for (uint32_t h = 0; h < rows[ikv].size(); ++h) {
                 cells.clear();
