@@ -151,6 +151,11 @@ def recall_bars(rounds: list[dict[str, Any]], full: list[float], n: int) -> list
             ratios([r["ms_recall"] for r in found], full), "< 10", lambda x: x < 10,
         ),
         bar(
+            f"one re-selection after {n} tokens, s",
+            [r["ms_recall"] / 1e3 / max(1, r["n_recalls"] + r["n_recalls_skipped"]) for r in found],
+            "< 0.5", lambda x: x < 0.5,
+        ),
+        bar(
             "all that the turn does after its message, in decode steps of the full cache",
             ratios([r["ms"] for r in found], full), "< 10", lambda x: x < 10,
         ),

@@ -94,9 +94,10 @@ def _name(row: Row) -> str:
 
 def origin(document: Document, number_of_run: int) -> str:
     """The command of a document, and what it ran on, as one item of a list."""
-    model = document["model"]
+    model, device = document["model"], document.get("device")
     return (
         f"{number_of_run}. `{document['command']}`: {model['file']} (sha256 "
         f"{model['sha256'][:12]}), commit {document['commit'][:12]}, {document['date'][:10]}, "
         f"{document['machine']['cpu']}, {document['machine']['cores_usable']} cores"
+        f"{', ' + device['description'] if device else ''}"
     )

@@ -45,8 +45,9 @@ def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
     assert (found["ms"], found["ms_message"], found["n_recalled"]) == (50.0, 60.0, 4)
     grown = {**found, "device_bytes_after": 101}
     again = {"rounds": [{"recall": found}, {"recall": grown}]}
-    own, steps, seconds, added = device.bars({**results(), "recall 64": again}, [64])[-4:]
+    own, one, steps, seconds, added = device.bars({**results(), "recall 64": again}, [64])[-5:]
     assert own["values"] == [2.0, 2.0] and own["passed"]
+    assert one["values"] == [0.01, 0.01] and one["passed"], "two took 20 ms"
     assert steps["values"] == [5.0, 5.0] and steps["passed"]
     assert seconds["values"] == [0.05, 0.05] and seconds["passed"]
     assert added["values"] == [0, 1] and not added["passed"]
@@ -112,7 +113,7 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
     assert again["n_recalls"] + again["n_recalls_skipped"] == 2
     assert again["n_recalls"] >= 1 and again["n_recalled"] > 0
     assert again["device_bytes_before"] == again["device_bytes_after"] > 0
-    assert len(document["bars"]) == 9
+    assert len(document["bars"]) == 10
     assert "| bar |" in report.render(out)
 
 
