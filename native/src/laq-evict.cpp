@@ -90,17 +90,11 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
         return kept;
     };
 
-    laq_kept                                   res(layers.size());
-    std::vector<std::pair<uint32_t, uint32_t>> heads;
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        res[ikv].resize(layers[ikv].n_head_kv);
+    laq_kept res(layers.size());
+    laq_parallel(layers.size(), n_head_kv_max() * at.size(), n_threads(), [&](uint32_t ikv) {
         for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            heads.push_back({ ikv, h });
+            res[ikv].push_back(choose(ikv, h));
         }
-    }
-    laq_parallel(heads.size(), at.size(), n_threads(), [&](uint32_t i) {
-        const auto [ikv, h] = heads[i];
-        res[ikv][h]         = choose(ikv, h);
     });
     return res;
 }

@@ -308,10 +308,7 @@ void laq_recall_scorer::wait() {
 }
 
 void laq_recall_scorer::abandon() {
-    if (running.valid()) {
-        running.wait();
-        running = {};
-    }
+    running = {};  // one of std::async() waits when it goes, or has not begun
 }
 
 void laq_recall_scorer::start(uint32_t ikv, const laq_head_op & op, float * dst) {

@@ -91,7 +91,7 @@ class laq_recall_scorer {
     // What does not fit into the device's buffer is scored by the CPU. Throws laq_error.
     void start(uint32_t ikv, const laq_head_op & op, float * dst);
     void wait();
-    void abandon();  // wait(), and what it would throw is forgotten
+    void abandon();  // no one waits for the scores: what is not done yet need not be, what would be thrown is forgotten
 
     // host memory for the keys of the head that is started next
     uint8_t * keys(uint32_t ikv, size_t size);

@@ -5,8 +5,6 @@
 
 #include "laq-threads.h"
 
-#include "laq-move.h"
-
 #include "llama-impl.h"
 
 #include <algorithm>

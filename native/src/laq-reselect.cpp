@@ -98,8 +98,7 @@ struct reselection {
     bool        is_masked(const std::vector<laq_row> & rows) const;
     void        set_mask(const std::vector<laq_row> & rows);
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
-    std::vector<float> remembered(const std::vector<laq_row> & of_head, const std::vector<float> & s, uint32_t ikv,
-                                  uint32_t h) const;
+    std::vector<float> remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const;
     void               score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys);
     overlap            choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
     bool               fetch(uint32_t ikv, const archive_part & keys);
@@ -215,10 +214,10 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
 }
 
 // As laq_cache::remember(). What had left the cells when a probe looked counts as nothing then.
-std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, const std::vector<float> & s,
-                                           uint32_t ikv, uint32_t h) const {
-    const float *      memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
-    std::vector<float> res(of_head.size());
+std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const {
+    const std::vector<float> & s      = scores[ikv][h];
+    const float *              memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
+    std::vector<float>         res(of_head.size());
     for (size_t i = 0; i < res.size(); ++i) {
         res[i] = s[i] / (float) obs.size();
         if (of_head[i].pos < laq.seqs[e.seq_id].n_intact) {
@@ -230,11 +229,12 @@ std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head,
 
 // what a head gets; in the first layers, how much of it is there
 overlap reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head) {
-    std::vector<float> s = scores[ikv][h];
+    std::vector<float> joined;
     if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
-        s = remembered(of_head, s, ikv, h);
+        joined = remembered(of_head, ikv, h);
     }
-    std::vector<int32_t> pos;
+    const std::vector<float> & s = joined.empty() ? scores[ikv][h] : joined;
+    std::vector<int32_t>       pos;
     pos.reserve(of_head.size());
     for (const laq_row & row : of_head) {
         if (row.pos < e.n_end) {
@@ -464,7 +464,6 @@ bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & o
         return false;
     }
     const int64_t t0 = ggml_time_us();
-    ctx->synchronize();
 
     reselection s(*this, e, order, obs);
     auto        res = s.run();

@@ -50,7 +50,7 @@ def check_kept(llm: object, budget: int, window: int, n_sink: int = 4) -> None:
     assert stats.n_resident == budget and stats.n_evictions == 1 and not stats.pending
     assert stats.n_tokens == N_PROMPT and stats.n_intact == N_PROMPT - window
     # CUDA lets a tensor of blocks end on a whole number of them
-    n_added = stats.kv_bytes - stats.kv_bytes_full * 768 // 1024
+    n_added = stats.kv_bytes - stats.kv_bytes_full * 768 / 1024
     assert stats.n_cells == 768 and 0 <= n_added <= (0 if device.ON_CPU else 2048 * stats.n_layer)
     assert kept.dtype == np.int32
     assert kept.shape == (stats.n_layer, stats.n_head_kv, budget)

@@ -1,6 +1,7 @@
 // Unit tests of native/src/laq-policy.h: no framework, the exit code is the number of failed checks (at most 100).
 // What must equal the Python reference exactly is also fuzzed against it by tests/parity/test_selection.py.
 
+#include "check.h"
 #include "laq-policy.h"
 
 #include <algorithm>
@@ -9,17 +10,6 @@
 #include <limits>
 #include <string>
 #include <vector>
-
-static int n_failed = 0;
-
-// not assert(): release builds define NDEBUG
-#define CHECK(cond)                                                         \
-    do {                                                                    \
-        if (!(cond)) {                                                      \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond); \
-            ++n_failed;                                                     \
-        }                                                                   \
-    } while (0)
 
 using indices = std::vector<uint32_t>;
 using floats  = std::vector<float>;

@@ -1,23 +1,12 @@
 // Unit tests of native/src/laq-threads.h: no framework, the exit code is the number of failed checks.
 
+#include "check.h"
 #include "laq-threads.h"
 
 #include <atomic>
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-static int n_failed = 0;
-
-// not assert(): release builds define NDEBUG
-#define CHECK(cond)                                                         \
-    do {                                                                    \
-        if (!(cond)) {                                                      \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond); \
-            ++n_failed;                                                     \
-        }                                                                   \
-    } while (0)
 
 constexpr size_t MANY = 1 << 20;  // elements of a run that is worth a thread
 
