@@ -81,6 +81,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         recall: str = "turn",
         recall_rounds: int = 1,
         recall_device: str = "auto",
+        reread_size: int = 256,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -141,6 +142,9 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 most snapkv_window) and is read again, before kv_policy chooses: the first time it
                 was read, what it looks at may not have been there. The choice holds as many
                 tokens as there are cells for, until the lookahead is generated from it.
+            reread_size: tokens at the end of the conversation that are read again then, at most:
+                the answer before the message, too, was generated from a part of it. No more than
+                a quarter of kv_budget are.
             recall_device: what scores archived and resident tokens together: "cpu"; "device": that
                 of the layer's cache, through a buffer allocated here for n_ctx keys of one KV head;
                 "auto": the faster one, measured here.
@@ -177,7 +181,13 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             chunk_size=chunk_size,
         )
         self.recall_config = RecallConfig(
-            kv_recall, kv_recall_type, kv_recall_limit, recall, recall_rounds, recall_device
+            kv_recall,
+            kv_recall_type,
+            kv_recall_limit,
+            recall,
+            recall_rounds,
+            recall_device,
+            reread_size,
         )
         self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)
         self._asked = {

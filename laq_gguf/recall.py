@@ -36,6 +36,7 @@ class RecallConfig:
     recall: str = "turn"
     recall_rounds: int = 1
     recall_device: str = "auto"
+    reread_size: int = 256
 
     def __post_init__(self) -> None:
         _check_choice("kv_recall", self.kv_recall, (None, *STORES))
@@ -43,6 +44,7 @@ class RecallConfig:
         _check_choice("recall", self.recall, tuple(RECALLS))
         _check_choice("recall_device", self.recall_device, tuple(RECALL_DEVICES))
         check_integer("recall_rounds", self.recall_rounds, 0, 16)
+        check_integer("reread_size", self.reread_size, 1, 2**20)
         self.limit()
         unset = {"kv_recall_type": None, "kv_recall_limit": None, "recall_device": "auto"}
         for name, value in unset.items():
@@ -82,6 +84,7 @@ class RecallConfig:
         params.archive_limit = self.limit()
         params.recall = RECALLS[self.recall]
         params.n_recall_rounds = self.recall_rounds
+        params.n_reread = self.reread_size
         params.recall_device = RECALL_DEVICES[self.recall_device]
         folder = file_folder() if self.kv_recall is not None else None
         if self.kv_recall == "disk" and folder is None:

@@ -25,12 +25,12 @@ RECALLS = ("never", "turn", "always")
 RECALL_NEW, RECALL_LAYERS = 0.02, 4
 
 
-def message_size(params: PolicyParams) -> int:
-    """Most tokens at the end of a message that select by their own queries and are read again,
-    since they were read while what they look at may not have been there: SnapKV's window, but a
+def reread_size(params: PolicyParams, n_most: int) -> int:
+    """Most tokens at the end of a conversation that are read again with what a message has
+    selected, since they were read while what they look at may not have been there: n_most, but a
     quarter of the budget at most, and no more than the budget holds beside what is pinned."""
     n_room = params.budget - n_always(params) + params.window
-    return max(0, min(params.snapkv_window, params.budget // 4, n_room))
+    return max(0, min(n_most, params.budget // 4, n_room))
 
 
 @dataclass
@@ -147,11 +147,11 @@ class RecallCache(KVCache):
             self._evict(params.budget, n_intact, queries, n_end, recall=True)
             self.pending = False
 
-    def choose_for_message(self, n_message: int) -> bool:
-        """Choose by the queries of the last n_message tokens, which stay whole, before the prompt
-        ends: as many tokens as there are cells for beside a lookahead, until it is generated.
-        Whether something came back: those tokens are then to be removed and read again. Otherwise
-        nothing was changed.
+    def choose_for_message(self, n_reread: int) -> bool:
+        """Choose by the queries of the last snapkv_window tokens before the prompt ends: as many
+        tokens as there are cells for beside a lookahead, until it is generated. Whether something
+        came back: the last n_reread tokens, which stay whole, are then to be removed and read
+        again. Otherwise nothing was changed.
 
         Not where probes have looked for the message, and ahead of it: what they kept is more than
         its own queries know of.
@@ -162,10 +162,11 @@ class RecallCache(KVCache):
         if self.remembers:
             return False
         n_end = self.n_tokens
-        first = n_end - n_message
+        first = n_end - n_reread
+        queries = max(first, n_end - self.params.snapkv_window), n_end
         check_pinned(self.params, self.params.budget, first, n_end)
         self._archive_leaving(first)
-        return self._reselect(self._n_draft(), first, (first, n_end), n_end)
+        return self._reselect(self._n_draft(), first, queries, n_end)
 
     def _n_draft(self) -> int:
         if self.n_cells is None:

@@ -142,6 +142,8 @@ struct laq_params {
     int32_t recall_device;     // enum laq_recall_device
     float   value_fit;         // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
                                // queries had; 0 = V stays byte for byte. The archive has it as it was
+    uint32_t n_reread;         // tokens at the end of a conversation, the last reply among them, that are read again
+                               // with what a message has selected, at most; a quarter of the budget if that is less
 };
 
 struct laq_stats {

@@ -94,6 +94,7 @@ laq_params laq_default_params(void) {
     p.n_recall_rounds = 1;
     p.recall_device   = LAQ_RECALL_ON_AUTO;
     p.value_fit       = 0.01f;
+    p.n_reread        = 256;
     return p;
 }
 
@@ -146,6 +147,7 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
               "recall is not one of enum laq_recall_when");
     laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
     laq_check(p.n_recall_rounds <= 16, "n_recall_rounds must be in [0, 16]");
+    laq_check(p.n_reread >= 1 && p.n_reread <= (1u << 20), "reread_size must be in [1, 2^20]");
     laq_check(p.recall_device >= LAQ_RECALL_ON_AUTO && p.recall_device <= LAQ_RECALL_ON_DEVICE,
               "recall_device is not one of enum laq_recall_device");
     laq_check(std::isfinite(p.value_fit) && p.value_fit >= 0.0f, "value_fit must be finite and not negative");

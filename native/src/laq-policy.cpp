@@ -204,10 +204,13 @@ bool laq_policy_fits(const laq_params & params) {
            params.lookahead != LAQ_LOOKAHEAD_POSITION;
 }
 
-uint32_t laq_policy_message(const laq_params & params) {
+uint32_t laq_policy_reread(const laq_params & params) {
     const int64_t n_room = (int64_t) params.n_kv_budget - laq_policy_n_pinned(params) + laq_policy_window(params);
-    return std::clamp<int64_t>(std::min(params.n_window_snapkv, params.n_kv_budget / 4), 0,
-                               std::max<int64_t>(0, n_room));
+    return std::clamp<int64_t>(std::min(params.n_reread, params.n_kv_budget / 4), 0, std::max<int64_t>(0, n_room));
+}
+
+laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt) {
+    return { std::max(first, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
 }
 
 uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room) {

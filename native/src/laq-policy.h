@@ -73,9 +73,12 @@ bool laq_policy_scores(const laq_params & params);
 constexpr uint32_t LAQ_FIT_QUERIES = 32;
 bool               laq_policy_fits(const laq_params & params);
 
-// Most tokens at the end of a message that select by their own queries and are read again: SnapKV's window, but a quarter
+// Most tokens at the end of a conversation that are read again with what a message has selected: n_reread, but a quarter
 // of the budget at most, and no more than the budget holds beside what is pinned
-uint32_t laq_policy_message(const laq_params & params);
+uint32_t laq_policy_reread(const laq_params & params);
+
+// Of those, from first on, the positions whose queries select: SnapKV's window
+laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt);
 
 // Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then
 // the budget is chosen. As many as the n_room cells that the sequence can have hold beside a lookahead

@@ -233,7 +233,7 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
     if (laq.seqs[seq_id].remembers) {
         return false;
     }
-    const uint32_t n_most = laq_policy_message(laq.params_of(seq_id));
+    const uint32_t n_most = laq_policy_reread(laq.params_of(seq_id));
     const uint32_t n_room = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
     const uint32_t n_keep = laq_policy_draft(laq.params, n_room);
 
@@ -242,12 +242,12 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
         const int32_t                  n_prompt = laq.n_tokens(seq_id);
         const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
         const int32_t                  first    = n_prompt - (int32_t) tail.size();
+        const laq_query_range          queries  = laq_policy_message(laq.params, first, n_prompt);
         bool                           is_new   = false;
         if (tail.empty()) {
             break;
         }
-        laq.run_update(
-            [&] { is_new = laq.choose_again({ seq_id, n_keep, { first, n_prompt }, false, first, n_prompt, true }); });
+        laq.run_update([&] { is_new = laq.choose_again({ seq_id, n_keep, queries, false, first, n_prompt, true }); });
         if (!is_new) {
             break;  // what it looks at is here
         }

@@ -60,7 +60,9 @@ laq_recall_state::laq_recall_state(const laq_cache & laq) :
             laq.params.archive_folder ? laq.params.archive_folder : "",
             [](const std::string & what) { LLAMA_LOG_WARN("laq_archive: %s\n", what.c_str()); }),
     scorer(laq.ctx->get_cparams().n_threads_batch) {
-    pos.assign(laq.params.n_probe + std::max(laq.params.n_window, laq.params.n_window_snapkv), -1);
+    // what is decoded ahead takes slots, too
+    const laq_params & p = laq.params;
+    pos.assign(p.n_probe + p.n_lookahead + std::max({ p.n_window, p.n_window_snapkv, p.n_reread }), -1);
     token.resize(pos.size());
 }
 

@@ -65,6 +65,19 @@ def test_rounds_read_the_end_of_the_message_again(
     assert stats.n_reread - first.n_reread == (64 // 4 * (rounds - n_skipped) or 8)
 
 
+@pytest.mark.parametrize(("size", "n_reread"), [(256, 8 + 12 + 20), (25, 25)])
+def test_the_answer_before_the_message_is_read_again(
+    tiny_gguf: Callable[..., Path], size: int, n_reread: int
+) -> None:
+    settings = {**SETTINGS, "kv_budget": 168, "kv_staging": 344, "reread_size": size}
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **settings)
+    prompt = turn(llm, [], 1, 400)
+    assert llm.kv_stats().n_reread == 0
+    turn(llm, prompt, 2, 20)
+    stats = llm.kv_stats()
+    assert stats.n_recalls > 0 and stats.n_reread == n_reread
+
+
 @pytest.mark.parametrize(("budget", "staging", "n_draft"), [(64, 192, 248), (168, 88, 248)])
 def test_a_message_brings_together_what_is_looked_ahead_from(
     tiny_gguf: Callable[..., Path], budget: int, staging: int, n_draft: int

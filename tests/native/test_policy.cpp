@@ -292,18 +292,28 @@ static void test_n_pinned() {
     CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8 + 8);
 }
 
-static void test_message() {
-    // a quarter of the budget, SnapKV's window, what is not pinned
+static void test_reread() {
+    // a quarter of the budget, n_reread, what is not pinned
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 64);
-    CHECK(laq_policy_message(params) == 16);
+    params.n_reread   = 100;
+    CHECK(laq_policy_reread(params) == 16);
     params.n_kv_budget = 1000;
-    CHECK(laq_policy_message(params) == 32);
+    CHECK(laq_policy_reread(params) == 100);
     const laq_span spans[] = { { 10, 980 } };
     params.pinned          = spans;
     params.n_pinned        = 1;
-    CHECK(laq_policy_message(params) == 1000 - 970 - 4 - 8);
+    CHECK(laq_policy_reread(params) == 1000 - 970 - 4 - 8);
     params.n_kv_budget = 900;
-    CHECK(laq_policy_message(params) == 0);
+    CHECK(laq_policy_reread(params) == 0);
+}
+
+static void test_message() {
+    // SnapKV's window of what is read again
+    const laq_params      params = make_params(LAQ_POLICY_LAQ_PP, 64);
+    const laq_query_range last   = laq_policy_message(params, 100, 200);
+    CHECK(last.first == 200 - (int32_t) params.n_window_snapkv && last.last == 200);
+    const laq_query_range all = laq_policy_message(params, 195, 200);
+    CHECK(all.first == 195 && all.last == 200);
 }
 
 static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resident, uint32_t n_left, laq_chunk want) {
@@ -380,6 +390,7 @@ int main() {
     test_select_head();
     test_queries();
     test_n_pinned();
+    test_reread();
     test_message();
     test_room();
     test_draft();

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from laq_gguf.reference import PolicyParams, Tokens
 from laq_gguf.reference.plan import n_always
-from laq_gguf.reference.recall import message_size
+from laq_gguf.reference.recall import reread_size
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
 from property.native_cache import NativeCache, Rows
@@ -81,7 +81,8 @@ class Mirror:
         self.rows = Rows(llm, native)
         # what native remembers of the last tokens decoded, by position: one for each slot
         self.tokens: dict[int, int] = {}
-        self.n_slots = params.probe_size + max(params.window_size, params.snapkv_window)
+        n_again = max(params.window_size, params.snapkv_window, llm.recall_config.reread_size)
+        self.n_slots = params.probe_size + params.lookahead_size + n_again
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.refused = 0, False
@@ -176,10 +177,11 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            message = self._tail(message_size(params)) if self._chooses_for_message() else []
-            drafted = bool(message) and cache.choose_for_message(len(message))
+            n_most = reread_size(params, self.llm.recall_config.reread_size)
+            again = self._tail(n_most) if self._chooses_for_message() else []
+            drafted = bool(again) and cache.choose_for_message(len(again))
             if drafted:
-                self._read_again(message)
+                self._read_again(again)
             tail = self._tail(params.window) if looks_ahead else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)

@@ -165,7 +165,7 @@ SETUPS = (
         "laq++",
         rules={**FITTED, "pinned": ((40, 50),)},
         compaction="graph",
-        archive={"kv_recall": "disk", "recall": "always"},
+        archive={"kv_recall": "disk", "recall": "always", "reread_size": 5},
     ),
     Setup(
         "recall pseudo, f32, disk",

@@ -43,6 +43,19 @@ def test_a_message_brings_together_more_than_the_budget(n_cells: int | None, n_d
     check_cells(cache)
 
 
+def test_the_last_of_what_is_read_again_chooses() -> None:
+    chosen = []
+    for n_reread, window in [(6, 2), (2, 32), (6, 32)]:
+        cache = opened(snapkv_window=window)
+        say(cache, 150)
+        cache.n_cells = 60
+        cache.append(tokens(6, seed=5, first=cache.n_tokens))
+        assert cache.choose_for_message(n_reread)
+        chosen.append(cache.scores[0])
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+    assert (chosen[0] != chosen[2]).any()
+
+
 def test_nothing_is_brought_for_what_is_there() -> None:
     cache = opened()
     say(cache, 60)

@@ -17,6 +17,7 @@ from laq_gguf.recall import RecallConfig
         ({"kv_recall": "ram", "kv_recall_limit": 0.5}, "kv_recall_limit must be an int"),
         ({"recall": "often"}, "recall must be one of never, turn, always"),
         ({"recall_rounds": 17}, "recall_rounds must be from 0 to 16"),
+        ({"reread_size": 0}, "reread_size must be from 1 to 1048576"),
         ({"kv_recall_limit": 5}, 'give kv_recall="ram"'),
         ({"kv_recall_type": "q8_0"}, 'give kv_recall="ram"'),
         ({"kv_recall": "ram", "recall_device": "gpu"}, "must be one of auto, cpu, device"),
