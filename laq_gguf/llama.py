@@ -181,13 +181,13 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             chunk_size=chunk_size,
         )
         self.recall_config = RecallConfig(
-            kv_recall,
-            kv_recall_type,
-            kv_recall_limit,
-            recall,
-            recall_rounds,
-            recall_device,
-            reread_size,
+            kv_recall=kv_recall,
+            kv_recall_type=kv_recall_type,
+            kv_recall_limit=kv_recall_limit,
+            recall=recall,
+            recall_rounds=recall_rounds,
+            recall_device=recall_device,
+            reread_size=reread_size,
         )
         self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)
         self._asked = {
