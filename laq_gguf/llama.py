@@ -120,7 +120,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             value_fit: with "laq++" V of the tokens that stay is moved, as little as it takes, until
                 the observed queries get what they got from the whole cache (ridge regression; the
                 values of arXiv 2602.16284). The ridge, in units of squared attention; 0: V stays
-                byte for byte, as it does for what is always kept. An archive has V as it was.
+                byte for byte, as it does for what is always kept. An archive has V as it was, and
+                where the CPU scores it, it is part of that whole, also while a prompt is read.
             draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
                 budget first, as in the paper).
             score_kernel: "auto", "fused" or "composed" (from existing ggml operations).

@@ -17,7 +17,7 @@ from .attention import FloatArray, attention_scores, attention_weights, causal_m
 from .cells import Cells, Layer, Tokens
 from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk
 from .select import PolicyParams, Span, pinned_mask, query_range, select_head
-from .values import FIT_QUERIES, attention_outputs, fit_values
+from .values import attention_outputs, fit_values, last_queries
 
 
 class KVCache(Cells):
@@ -215,7 +215,8 @@ class KVCache(Cells):
                 f"policy {params.policy!r} needs a probe: n_probe tokens of the prompt and pseudo "
                 f"tokens; got {0 if probe is None else len(probe)} with n_probe {n_probe}"
             )
-        n_keep, n_intact = self.n_resident - n_evict, self._intact(n_end)
+        n_keep = self.n_resident - n_evict
+        n_intact = self._intact_in_prompt(n_end, n_keep)
         check_pinned(params, n_keep, n_intact, n_end)
         probe = None if probe is None else probe[: n_probe + params.probe_ahead]
         if probe is not None and not self.fits(len(probe)):
@@ -262,6 +263,10 @@ class KVCache(Cells):
     def _intact(self, n_prompt: int) -> int:
         """Where the intact suffix begins after an eviction; the window ends at n_prompt."""
         return max(self.n_intact, n_prompt - self.params.window, 0)
+
+    def _intact_in_prompt(self, n_past: int, n_keep: int) -> int:
+        """The same when n_past tokens of a prompt have been read and n_keep stay."""
+        return self._intact(n_past)
 
     def _evict(
         self,
@@ -312,8 +317,8 @@ class KVCache(Cells):
                 for head, positions in layer.heads()
             ]
             kept.append(np.stack(rows))
-        # a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
-        if params.fits_values and params.needs_queries and not by_probe:
+        if params.fits_values and params.needs_queries:
+            used = self._fitted_to(used, n_intact, n_end, by_probe)
             self._fit(params, kept, used, n_intact)
         self._keep(kept, n_intact)
         self.remembers = by_probe
@@ -348,9 +353,27 @@ class KVCache(Cells):
         kept = self.cells_of(positions)
         if params.fits_values:
             used = (self.query_positions >= queries[0]) & (self.query_positions < queries[1])
+            used = self._fitted_to(used, n_intact, self.n_tokens, False)
             self._fit(params, kept, used, n_intact)
         self._keep(kept, n_intact)
         self.n_settled = self.n_tokens
+
+    def _fitted_to(
+        self, used: npt.NDArray[np.bool_], n_intact: int, n_end: int, by_probe: bool
+    ) -> npt.NDArray[np.bool_]:
+        """Of the queries that score, those that values are fitted to: the last FIT_QUERIES that
+        read what is there now. A probe sees a part of the prompt: fitted to it, values drift from
+        one chunk to the next.
+        """
+        if by_probe:
+            return np.zeros_like(used)
+        return last_queries(used & (self.query_positions >= self.n_settled))
+
+    def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
+        """What the queries get, which values are fitted to: (n_head_kv, n_group, n_used, d)."""
+        layer = self.layers[il]
+        mask = causal_mask(self.query_positions[used], layer.positions)
+        return attention_outputs(self._weights(il, used, mask), layer.v)
 
     def _fit(
         self,
@@ -360,17 +383,14 @@ class KVCache(Cells):
         n_intact: int,
     ) -> None:
         """Fit V where it is kept and not pinned. What is dropped with this eviction is seen, too:
-        its queries are among those that are fitted to, as far as they read what is there now: the
-        last FIT_QUERIES.
+        its queries may be among those that are fitted to.
         """
-        used = used & (self.query_positions >= self.n_settled)
-        used[np.flatnonzero(used)[:-FIT_QUERIES]] = False
         if not used.any():
             return
         for il, layer in enumerate(self.layers):
             positions = layer.positions
             mask = causal_mask(self.query_positions[used], positions)
-            outputs = attention_outputs(self._weights(il, used, mask), layer.v)
+            outputs = self._outputs(il, used)
             stays = positions >= n_intact
             np.put_along_axis(stays, kept[il], True, axis=1)
             weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))

@@ -3,6 +3,10 @@
 A token is archived whole, in every layer and KV head, when the intact suffix moves past it: from
 then on some heads may drop it. A re-selection scores archived and resident tokens as one set of
 keys, since attention is a softmax over all of them, and every head holds the best of both.
+
+Where values are fitted, it is to what the queries get from both: that is what they would have got,
+had nothing been evicted. While a prompt is read, they are the queries of what was read last: what
+is read next is most like it. V in the archive stays as it was, so that nothing drifts.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .attention import FloatArray, attention_scores, causal_mask
+from .attention import FloatArray, attention_scores, attention_weights, causal_mask
 from .cache import KVCache
 from .plan import check_pinned, n_always
-from .select import PolicyParams, Span, query_range, select_head
+from .select import PolicyParams, Span, pinned_mask, query_range, select_head
+from .values import FIT_QUERIES, attention_outputs, fit_values, last_queries
 
 RECALLS = ("never", "turn", "always")
 #: Of the tokens that the budget takes in the first layers this share must be new, or nothing comes
@@ -79,18 +84,29 @@ class RecallCache(KVCache):
         recall: when tokens are chosen again by themselves: "never", "turn" (the end of a prompt, or
             its lookahead), "always" (also where generated tokens find no cells). None: there is no
             archive.
+        fits_to_archive: whether values are fitted to what queries get from the archive and the
+            cells; otherwise to what they get from the cells, and not while a prompt is read.
         others: of KVCache.
     Attributes:
         n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
         n_lost: rows that a snapshot did not carry.
     """
 
-    def __init__(self, params: PolicyParams, *, recall: str | None = None, **others: Any) -> None:
+    def __init__(
+        self,
+        params: PolicyParams,
+        *,
+        recall: str | None = None,
+        fits_to_archive: bool = True,
+        **others: Any,
+    ) -> None:
         if recall is not None and recall not in RECALLS:
             raise ValueError(f"unknown recall {recall!r}, possible: {', '.join(RECALLS)}")
         if recall is not None and not params.needs_queries:
             raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
         self.recall_when = recall
+        self.fits_to_archive = fits_to_archive and recall is not None and params.fits_values
+        self._had_archive = False
         self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
         super().__init__(params, **others)
 
@@ -118,7 +134,7 @@ class RecallCache(KVCache):
 
     def _without_archive(self) -> RecallCache:
         other = copy.deepcopy(self)
-        other.recall_when = None
+        other.recall_when, other.fits_to_archive = None, False
         return other
 
     def recalls(self, when: str) -> bool:
@@ -154,19 +170,29 @@ class RecallCache(KVCache):
         again. Otherwise nothing was changed.
 
         Not where probes have looked for the message, and ahead of it: what they kept is more than
-        its own queries know of.
+        its own queries know of. Where values are fitted, they come to give what all tokens give,
+        from which it is read again.
 
         Raises:
             ValueError: more cells are pinned than the budget holds.
         """
-        if self.remembers:
+        probed = self.remembers
+        if probed and not self.fits_to_archive:
             return False
         n_end = self.n_tokens
         first = n_end - n_reread
         queries = max(first, n_end - self.params.snapkv_window), n_end
         check_pinned(self.params, self.params.budget, first, n_end)
         self._archive_leaving(first)
-        return self._reselect(self._n_draft(), first, queries, n_end)
+        return self._reselect(self._n_draft(), first, queries, n_end, probed)
+
+    def _intact_in_prompt(self, n_past: int, n_keep: int) -> int:
+        """The queries that values are fitted to see what every head holds."""
+        n_intact = super()._intact_in_prompt(n_past, n_keep)
+        if self.fits_to_archive and self.params.needs_lookahead:
+            params = replace(self.params, budget=n_keep)
+            n_intact = min(n_intact, n_past - reread_size(params, FIT_QUERIES))
+        return max(self.n_intact, n_intact, 0)
 
     def _n_draft(self) -> int:
         if self.n_cells is None:
@@ -182,6 +208,7 @@ class RecallCache(KVCache):
         by_probe: bool = False,
         recall: bool = False,
     ) -> None:
+        self._had_archive = len(self.archive.positions) > 0
         if self.recall_when is not None:
             self._archive_leaving(min(n_intact, n_end))
         if not (recall and self._reselect(n_keep, n_intact, queries, n_end)):
@@ -241,15 +268,64 @@ class RecallCache(KVCache):
             sinks=None if self.sinks is None else self.sinks[il],
         )
 
-    def _reselect(self, n_keep: int, n_intact: int, queries: Span, n_end: int) -> bool:
+    def _fitted_to(
+        self, used: npt.NDArray[np.bool_], n_intact: int, n_end: int, by_probe: bool
+    ) -> npt.NDArray[np.bool_]:
+        """As KVCache's; with an archive outputs do not age, and what was read last is fitted to
+        where a probe has looked."""
+        if not self.fits_to_archive:
+            return super()._fitted_to(used, n_intact, n_end, by_probe)
+        if by_probe:
+            used = (self.query_positions >= n_intact) & (self.query_positions < n_end)
+        if not self._had_archive:
+            return super()._fitted_to(used, n_intact, n_end, False)
+        return last_queries(used)
+
+    def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
+        if not (self.fits_to_archive and self._had_archive):
+            return super()._outputs(il, used)
+        return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
+
+    def _all_positions(self) -> npt.NDArray[np.int32]:
+        parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]
+        return np.unique(np.concatenate(parts)).astype(np.int32)
+
+    def _outputs_of_all(
+        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
+    ) -> FloatArray:
+        mask = causal_mask(self.query_positions[used], candidates.positions)
+        absent = np.where(candidates.held, np.float32(0), np.float32(-np.inf))
+        weights = attention_weights(
+            self.queries[il, used].swapaxes(0, 1),
+            **{**self._keys(il), "k": candidates.k.swapaxes(0, 1)},
+            mask=mask[None] + absent[:, None],
+        )
+        return attention_outputs(weights, candidates.v)
+
+    def _fit_layer(
+        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates, n_intact: int
+    ) -> None:
+        """V of a layer's cells, among them what was decoded ahead, to what all candidates give."""
+        layer, params = self.layers[il], self.params
+        pinned = pinned_mask(
+            layer.positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
+        )
+        mask = causal_mask(self.query_positions[used], layer.positions)
+        outputs = self._outputs_of_all(il, used, candidates)
+        layer.v = fit_values(
+            self._weights(il, used, mask), layer.v, outputs, ~pinned, params.value_fit
+        )
+
+    def _reselect(
+        self, n_keep: int, n_intact: int, queries: Span, n_end: int, always: bool = False
+    ) -> bool:
         """Every head comes to hold the best of what is archived and resident. False: nothing was
-        changed, since no query is held or too little would be new."""
+        changed, since no query is held or too little would be new and it need not be `always`."""
         first = max(queries[0], self.n_intact)
         used = (self.query_positions >= first) & (self.query_positions < queries[1])
         if not used.any():
             return False
-        parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]
-        positions = np.unique(np.concatenate(parts)).astype(np.int32)
+        positions = self._all_positions()
         layers = [self._candidates(il, positions) for il in range(self.n_layer)]
         may_stay = positions < n_end
         n_least = min(int((c.held & may_stay).sum(axis=1).min()) for c in layers)
@@ -269,15 +345,23 @@ class RecallCache(KVCache):
 
         n_first = min(RECALL_LAYERS, self.n_layer)
         n_budget = min(n_keep, self.params.budget)
-        if not self._is_new(layers[:n_first], [choose(n_budget, il) for il in range(n_first)]):
+        is_new = self._is_new(layers[:n_first], [choose(n_budget, il) for il in range(n_first)])
+        if not (is_new or always):
             self.n_recalls_skipped += 1
             return False
+        fitted = last_queries(used) if self.fits_to_archive else np.zeros_like(used)
+        ahead = np.flatnonzero(~may_stay) if fitted.any() else np.zeros(0, np.int64)
         for il, (layer, candidates) in enumerate(zip(self.layers, layers, strict=True)):
             columns = choose(n_keep, il)
+            columns = np.concatenate([columns, np.tile(ahead, (len(columns), 1))], axis=1)
             layer.positions = positions[columns]
             layer.k = np.take_along_axis(candidates.k, columns[:, :, None], axis=1)
             layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
             layer.memory = np.zeros(columns.shape, np.float32)
+            if fitted.any():
+                self._fit_layer(il, fitted, candidates, n_intact)
+                n_kept = columns.shape[1] - len(ahead)
+                layer.keep(np.tile(np.arange(n_kept), (len(columns), 1)))
         self.n_intact, self.remembers, self.pending = n_intact, False, False
         self._keep_queries(self.query_positions < n_end)
         self.n_tokens, self.n_settled, self.scores = n_end, n_end, scores

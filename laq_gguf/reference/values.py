@@ -21,6 +21,13 @@ from .attention import FloatArray
 FIT_QUERIES = 32
 
 
+def last_queries(used: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The last FIT_QUERIES of the queries (n,) that are used."""
+    last = used.copy()
+    last[np.flatnonzero(used)[:-FIT_QUERIES]] = False
+    return last
+
+
 def attention_outputs(weights: npt.NDArray[np.float64], v: npt.ArrayLike) -> FloatArray:
     """What each query gets: (n_head_kv, n_group, n_queries, d_v) float32.
 

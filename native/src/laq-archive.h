@@ -64,6 +64,7 @@ class laq_archive {
     void visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit);
     void restore(const std::vector<laq_archive_image> & images);
 
+    bool     can_hold() const { return limit >= n_bytes || !folder.empty(); }
     uint32_t n_blocks() const { return blocks.size(); }
     uint32_t n_held() const;  // blocks that hold a position
     size_t   block_bytes() const { return n_bytes; }

@@ -262,6 +262,14 @@ std::vector<float> laq_cache::queries(uint32_t ikv, int32_t slot, uint32_t n) co
     return res;
 }
 
+void laq_cache::set_output(uint32_t ikv, int32_t slot, const std::vector<float> & out) const {
+    const laq_layer &        layer = layers[ikv];
+    std::vector<ggml_fp16_t> row(out.size());
+    ggml_fp32_to_fp16_row(out.data(), row.data(), row.size());
+    ggml_backend_tensor_set(layer.ring, row.data(), slot * layer.ring->nb[1] + layer.n_ring_q() * sizeof(ggml_fp16_t),
+                            row.size() * sizeof(ggml_fp16_t));
+}
+
 int laq_cache::n_threads() const {
     return ctx->get_cparams().n_threads_batch;
 }

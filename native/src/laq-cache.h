@@ -128,6 +128,7 @@ struct laq_eviction {
     int32_t         n_intact;        // positions from here on are kept whole
     int32_t         n_end;           // tokens from here on are dropped
     bool            recall = false;  // archived tokens may come back
+    bool            always = false;  // also where hardly anything would be new
 };
 
 // a captured query and where it is
@@ -138,6 +139,9 @@ struct laq_observation {
 
 // Those that the eviction asks for and that are held.
 std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_eviction & e);
+
+// the last ones of many: what a fit costs grows with their square
+std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs);
 
 // what a token scores now, mean over the queries, with what it scored when a probe last looked
 inline float laq_joined(float now, float before) {
@@ -229,6 +233,9 @@ struct laq_cache {
     // queries in n slots of a ring, from the backend's memory: F32 [n][n_head][n_embd_head_k]
     std::vector<float> queries(uint32_t ikv, int32_t slot, uint32_t n) const;
 
+    // the output that a query in a slot is taken to have got: [n_head][n_embd_head_v]
+    void set_output(uint32_t ikv, int32_t slot, const std::vector<float> & out) const;
+
     uint64_t kv_bytes() const;
     uint64_t ring_bytes() const;
     uint64_t compute_bytes() const;
@@ -254,6 +261,13 @@ struct laq_cache {
 
     // where the intact suffix begins after an eviction whose window ends at n_prompt
     int32_t intact_from(int32_t seq_id, int32_t n_prompt) const;
+
+    // the same after a probe, when n_past tokens of the prompt have been read and n_keep stay
+    int32_t intact_in_prompt(int32_t seq_id, int32_t n_past, uint32_t n_keep) const;
+
+    // Whether values are fitted to what queries get from the archive and the cells together: where the host, which has
+    // the archive, is what scores it. Otherwise to what they got from the cells.
+    bool fits_to_archive() const;
 
     // down to n_keep with the queries of the last tokens
     void evict_to(int32_t seq_id, uint32_t n_keep, bool recall = false);
@@ -306,6 +320,14 @@ struct laq_cache {
     // V of what stays is fitted to the outputs that the queries had; ahead of it all that they see is in the cells `dst`
     void fit_values(const laq_eviction & e, const std::vector<laq_observation> & obs,
                     const std::vector<uint32_t> & dst);
+
+    // The queries that V of what stays is fitted to: their outputs are in the ring. Empty where nothing is fitted.
+    std::vector<laq_observation> fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order,
+                                           bool had_archive);
+
+    // what the queries get from archived and resident tokens together goes to the ring
+    void observe_archive(const laq_eviction & e, const std::vector<uint32_t> & order,
+                         const std::vector<laq_observation> & obs);
 
     // Choose from archived and resident tokens together. false = nothing was changed, evict as without an archive
     bool reselect(const laq_eviction & e, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own);

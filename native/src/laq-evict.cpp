@@ -117,15 +117,30 @@ static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & or
     return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
 }
 
-// Of the queries that the eviction asks for, those that values are fitted to: their outputs are of what the cells hold.
-// The last ones of many, since what the fit costs grows with their square.
-static std::vector<laq_observation> fitted_to(const laq_cache & laq, const laq_eviction & e) {
-    std::vector<laq_observation> res = laq_observations(laq, e);
+std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs) {
+    obs.erase(obs.begin(), obs.end() - std::min<size_t>(obs.size(), LAQ_FIT_QUERIES));
+    return obs;
+}
+
+bool laq_cache::fits_to_archive() const {
+    return recall && laq_policy_fits(params) && recall->archive.can_hold() && recall->scorer.on_cpu();
+}
+
+std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order,
+                                                  bool had_archive) {
+    if (had_archive && fits_to_archive()) {
+        const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e));
+        if (!res.empty()) {
+            observe_archive(e, order, res);
+        }
+        return res;
+    }
+    // what they got themselves counts, as long as it is of what the cells hold
+    std::vector<laq_observation> res = laq_observations(*this, e);
     res.erase(std::remove_if(res.begin(), res.end(),
-                             [&](const laq_observation & o) { return o.pos < laq.seqs[e.seq_id].n_settled; }),
+                             [&](const laq_observation & o) { return o.pos < seqs[e.seq_id].n_settled; }),
               res.end());
-    res.erase(res.begin(), res.end() - std::min<size_t>(res.size(), LAQ_FIT_QUERIES));
-    return res;
+    return laq_last_fitted(std::move(res));
 }
 
 // what is kept, and what was decoded ahead with it where that is asked for
@@ -174,8 +189,9 @@ bool laq_cache::choose_again(const laq_eviction & e) {
 
 void laq_cache::evict(const laq_eviction & e) {
     ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
-    const std::vector<uint32_t> order = resident(e.seq_id);
-    const std::vector<uint8_t>  own   = owned(*this, order);
+    const std::vector<uint32_t> order       = resident(e.seq_id);
+    const std::vector<uint8_t>  own         = owned(*this, order);
+    const bool                  had_archive = recall && recall->archive.n_held() > 0;
     if (recall) {
         laq_archive_leaving(*this, e, order);
     }
@@ -205,12 +221,20 @@ void laq_cache::evict(const laq_eviction & e) {
     const int64_t  t0       = ggml_time_us();
     settle_shared(e.seq_id, order, own);
 
-    // a probe sees a part of the prompt: fitted to it, values drift from one chunk to the next
-    const bool fits =
-        laq_policy_fits(params) && !e.scratch && !now.rows.empty() && !std::count(own.begin(), own.end(), 0);
+    // While a prompt is read, what is read next is most like what was read last: its queries are fitted to, not the
+    // probe's. And only where the archive has V as it was: fitted to the fitted, it drifts from one chunk to the next.
+    const bool            fits = laq_policy_fits(params) && (!e.scratch || fits_to_archive()) && !now.rows.empty() &&
+                                 !std::count(own.begin(), own.end(), 0);
+    const laq_query_range last_read = { e.n_intact, e.n_end };  // before, heads hold different tokens
+    const laq_eviction by = e.scratch ? laq_eviction{ e.seq_id, e.n_keep, last_read, false, e.n_intact, e.n_end } : e;
+    std::vector<laq_observation> obs;
+    int64_t                      t_observed = t0;
+    if (fits) {
+        obs        = fitted_to(by, order, had_archive);
+        t_observed = ggml_time_us();
+    }
     // what is dropped goes after the fit: its queries see it, and it has their outputs
-    const std::vector<laq_observation> obs = fits ? fitted_to(*this, e) : std::vector<laq_observation>();
-    std::vector<uint32_t>              dst = compact(e, order, own, rows_of(*this, e, order, kept, fits));
+    std::vector<uint32_t> dst = compact(e, order, own, rows_of(*this, e, order, kept, fits && !e.scratch));
     if (e.scratch) {
         memorize(dst, kept, now);
     }
@@ -218,7 +242,7 @@ void laq_cache::evict(const laq_eviction & e) {
     seq.remembers   = e.scratch;
     const int64_t t = ggml_time_us();
     if (fits) {
-        fit_values(e, obs, dst);
+        fit_values(by, obs, dst);
         drop(dst, kept[0][0].size());
         seq.fitted |= !obs.empty();
     }
@@ -226,12 +250,25 @@ void laq_cache::evict(const laq_eviction & e) {
     seq.ring.forget(e.n_end);
     stats.ms_score += (t_scored - t_begin) / 1000.0;
     stats.ms_select += (t0 - t_scored) / 1000.0;
-    stats.ms_compact += (t - t0) / 1000.0;
+    stats.ms_fit += (t_observed - t0) / 1000.0;
+    stats.ms_compact += (t - t_observed) / 1000.0;
     ++stats.n_evictions;
 }
 
 int32_t laq_cache::intact_from(int32_t seq_id, int32_t n_prompt) const {
     return std::max(seqs[seq_id].n_intact, n_prompt - (int32_t) laq_policy_window(params));
+}
+
+int32_t laq_cache::intact_in_prompt(int32_t seq_id, int32_t n_past, uint32_t n_keep) const {
+    uint32_t n_window = laq_policy_window(params);
+    if (fits_to_archive()) {
+        // the queries that values are fitted to see what every head holds, or one mask would not do for all
+        laq_params p  = params_of(seq_id);
+        p.n_kv_budget = n_keep;
+        p.n_reread    = LAQ_FIT_QUERIES;
+        n_window      = std::max(n_window, laq_policy_reread(p));
+    }
+    return std::max(seqs[seq_id].n_intact, n_past - (int32_t) n_window);
 }
 
 void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep, bool recall) {

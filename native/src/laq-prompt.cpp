@@ -118,11 +118,12 @@ static void evict_by_probe(laq_cache & laq, int32_t seq_id, const llama_token * 
         const std::vector<float> logits = last_logits(laq);
         laq.stats.ms_probe += (ggml_time_us() - t0) / 1000.0;
 
-        const uint32_t n_ahead = decode_ahead(laq, seq_id, logits, laq_policy_probe_ahead(laq.params));
-        const int32_t  n_end   = n_past + n_probe + (int32_t) n_ahead;
-        const auto     queries = laq_policy_queries(laq.params, n_past + n_probe, n_end);
-        const uint32_t n_keep  = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
-        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, laq.intact_from(seq_id, n_past), n_past }); });
+        const uint32_t n_ahead  = decode_ahead(laq, seq_id, logits, laq_policy_probe_ahead(laq.params));
+        const int32_t  n_end    = n_past + n_probe + (int32_t) n_ahead;
+        const auto     queries  = laq_policy_queries(laq.params, n_past + n_probe, n_end);
+        const uint32_t n_keep   = laq.n_resident(seq_id) - (uint32_t) (n_end - n_past) - plan.n_evict;
+        const int32_t  n_intact = laq.intact_in_prompt(seq_id, n_past, n_keep);
+        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, true, n_intact, n_past }); });
     } catch (...) {
         stop();
         throw;
@@ -229,8 +230,10 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
 }
 
 bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
-    // probes have looked for this message, and ahead of it: what they kept is more than its own queries know of
-    if (laq.seqs[seq_id].remembers) {
+    // Probes have looked for this message, and ahead of it: what they kept is more than its own queries know of. Where
+    // values are fitted, they come to give what all tokens give, from which it is read again.
+    const bool probed = laq.seqs[seq_id].remembers;
+    if (probed && !laq.fits_to_archive()) {
         return false;
     }
     const uint32_t n_most = laq_policy_reread(laq.params_of(seq_id));
@@ -247,7 +250,8 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
         if (tail.empty()) {
             break;
         }
-        laq.run_update([&] { is_new = laq.choose_again({ seq_id, n_keep, queries, false, first, n_prompt, true }); });
+        laq.run_update(
+            [&] { is_new = laq.choose_again({ seq_id, n_keep, queries, false, first, n_prompt, true, probed }); });
         if (!is_new) {
             break;  // what it looks at is here
         }

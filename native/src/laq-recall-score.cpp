@@ -21,7 +21,7 @@ constexpr double  MS_SAMPLE = 15.0;  // no further repetition after this
 //
 
 static ggml_context_ptr new_context(std::vector<uint8_t> & meta) {
-    meta.resize(16 * ggml_tensor_overhead() + ggml_graph_overhead());
+    meta.resize(24 * ggml_tensor_overhead() + ggml_graph_overhead());
     return ggml_context_ptr(ggml_init({ meta.size(), meta.data(), true }));
 }
 
@@ -51,17 +51,27 @@ static ggml_tensor * keys_of(ggml_context * c, const laq_head_op & op) {
                 op.k);
 }
 
+// what an op reads, where it is in host memory
+struct tensors_in_place {
+    ggml_tensor * q;
+    ggml_tensor * k;
+    ggml_tensor * mask;
+    ggml_tensor * sinks;
+
+    tensors_in_place(ggml_context * c, const laq_head_op & op) :
+        q(over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q)), k(keys_of(c, op)),
+        mask(over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask)),
+        sinks(op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr) {}
+};
+
 // by the CPU, which reads keys and queries where they are
 static void score_in_place(ggml_backend_t cpu, const laq_head_op & op, float * dst) {
     std::vector<uint8_t>   meta;
     const ggml_context_ptr ctx = new_context(meta);
     ggml_context *         c   = ctx.get();
-    ggml_tensor *          q   = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q);
-    ggml_tensor *          k   = keys_of(c, op);
-    ggml_tensor *          m   = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask);
-    ggml_tensor *          s   = op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr;
+    const tensors_in_place t(c, op);
 
-    compute(cpu, c, over(ggml_laq_score(c, q, k, m, s, op.scale, op.softcap), dst));
+    compute(cpu, c, over(ggml_laq_score(c, t.q, t.k, t.mask, t.sinks, op.scale, op.softcap), dst));
 }
 
 bool laq_score_stream::supported(ggml_backend_t backend, const laq_head_size & most) {
@@ -328,6 +338,25 @@ void laq_recall_scorer::start(uint32_t ikv, const laq_head_op & op, float * dst)
     const auto when = is_cpu(stream->device()) ? std::launch::deferred : std::launch::async;
     running         = std::async(when, [stream, op, dst] { stream->score(op, dst); });
     i_gathered      = 1 - i_gathered;
+}
+
+void laq_recall_scorer::outputs(const laq_head_op & op, const float * values, int64_t n_embd_head_v, float * dst) {
+    wait();
+    std::vector<uint8_t>   meta;
+    const ggml_context_ptr ctx = new_context(meta);
+    ggml_context *         c   = ctx.get();
+    const tensors_in_place t(c, op);
+
+    ggml_tensor * p = laq_attention(c, t.q, t.k, t.mask, t.sinks, op.scale, op.softcap);  // [n_kv, n_q * n_group]
+    ggml_tensor * v = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, n_embd_head_v), values);
+
+    ggml_tensor *                 out = over(ggml_mul_mat(c, v, p), dst);
+    const ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(c, cpu.get()));
+    if (!buf) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY,
+                        "no memory for the attention to archived tokens: value_fit = 0 needs none");
+    }
+    compute(cpu.get(), c, out);
 }
 
 uint64_t laq_recall_scorer::bytes() const {

@@ -93,6 +93,13 @@ class laq_recall_scorer {
     void wait();
     void abandon();  // no one waits for the scores: what is not done yet need not be, what would be thrown is forgotten
 
+    // What the queries of a head get from all keys, by the CPU: dst [n_group][n_q][n_embd_head_v]; values
+    // [n_embd_head_v][n_kv]. Throws laq_error.
+    void outputs(const laq_head_op & op, const float * values, int64_t n_embd_head_v, float * dst);
+
+    // whether no device scores
+    bool on_cpu() const { return streams.empty(); }
+
     // host memory for the keys of the head that is started next
     uint8_t * keys(uint32_t ikv, size_t size);
 

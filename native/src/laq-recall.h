@@ -16,7 +16,8 @@ struct laq_recall_state {
     ggml_type         type[2];  // of archived K and V
     laq_archive       archive;
     laq_recall_scorer scorer;
-    laq_host_buffer   fetched;  // K or V of a layer
+    laq_host_buffer   fetched;         // K or V of a layer
+    laq_host_buffer   fetched_values;  // V, where K is looked at beside it
 
     // the last tokens decoded: that of position p is in slot p % n
     std::vector<int32_t>     pos;

@@ -1,7 +1,8 @@
 // The choice from archived and resident tokens together, and what comes back to the cells.
 
-#include "laq-recall.h"
+#include "laq-reselect.h"
 
+#include "laq-recall.h"
 #include "laq-threads.h"
 
 #include "ggml-backend.h"
@@ -11,102 +12,13 @@
 #include <cmath>
 #include <set>
 
-namespace {
-
-// one part of a layer in the blocks of the archive: where each begins
-struct archive_part {
-    std::vector<std::vector<uint8_t>> from_file;
-    std::vector<const uint8_t *>      base;
-
-    // false: a block was lost
-    bool read(laq_archive & archive, uint32_t ikv, int part, const std::vector<uint8_t> & wanted) {
-        from_file.resize(wanted.size());
-        base.assign(wanted.size(), nullptr);
-        for (uint32_t i = 0; i < wanted.size(); ++i) {
-            if (wanted[i] && !(base[i] = archive.part(i, ikv, part, from_file[i]))) {
-                return false;
-            }
-        }
-        return true;
-    }
-
-    const uint8_t * row(uint32_t head, int32_t pos, size_t size) const {
-        const int32_t n = laq_archive::N_BLOCK;
-        return base[pos / n] + ((size_t) head * n + pos % n) * size;
-    }
-};
-
-// the archived rows that come back to one layer: K and V of each head, in the cache's type and in order of position
-struct recalled_layer {
-    std::vector<std::vector<uint8_t>> bytes[2];
-};
-
-// what the keys of a layer are scored by
-struct layer_queries {
-    std::vector<float> queries;  // [n_head][n_q][n_embd_head]
-    std::vector<float> sinks;    // [n_head], or empty
-
-    layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs);
-};
-
-// of the rows that the budget takes, those that are resident
-struct overlap {
-    size_t n_same = 0;
-    size_t n_all  = 0;
-};
-
-using rows_of_layer = laq_rows::value_type;
-
-// a re-selection while it is made
-struct reselection {
-    laq_cache &                          laq;
-    const laq_eviction &                 e;
-    const std::vector<uint32_t> &        order;
-    const std::vector<laq_observation> & obs;
-
-    laq_params           params;
-    std::vector<int32_t> archived;
-    std::vector<uint8_t> blocks;  // 1 = of the archive's blocks, one that holds an archived token
-    std::vector<float>   mask;    // [n_q][n_kv] of the head that `masked` are the positions of
-    std::vector<int32_t> masked;
-    uint64_t             mask_id = 0;
-    overlap              old;  // in the first layers
-
-    laq_rows                                     rows;
-    std::vector<recalled_layer>                  recalled;
-    std::vector<std::vector<std::vector<float>>> scores;      // per layer and head
-    laq_rows                                     candidates;  // while debugging
-
-    enum class result { DONE, SAME, LOST };
-
-    reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
-                const std::vector<laq_observation> & obs) :
-        laq(laq), e(e), order(order), obs(obs), params(laq.params_of(e.seq_id)) {}
-
-    result run();
-    void   keep_scores() const;
-
-    // the rows that come back go to the cells that were prepared for them
-    void upload(const std::vector<uint32_t> & dst) const;
-
-  private:
-    uint32_t             n_kept() const;
-    bool                 comes_back(int part, const laq_row & row) const;
-    std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
-    void        gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const archive_part & keys,
-                       const laq_cell_rows & cells, uint8_t * dst) const;
-    bool        is_masked(const std::vector<laq_row> & rows) const;
-    void        set_mask(const std::vector<laq_row> & rows);
-    laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const layer_queries & by) const;
-    std::vector<float> remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const;
-    void               score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys);
-    overlap            choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
-    bool               fetch(uint32_t ikv, const archive_part & keys);
-    result             run_layer(uint32_t ikv);
-};
+uint32_t laq_reselection::n_ahead() const {
+    return std::count_if(order.begin(), order.end(),
+                         [&](uint32_t cell) { return laq.cells().pos_get(cell) >= e.n_end; });
+}
 
 // tokens that every head can hold, at most what the eviction asks for
-uint32_t reselection::n_kept() const {
+uint32_t laq_reselection::n_kept() const {
     uint32_t n_own = 0;
     for (const uint32_t cell : order) {
         n_own += laq.cells().pos_get(cell) < e.n_end;
@@ -121,17 +33,17 @@ uint32_t reselection::n_kept() const {
             n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
         }
     }
-    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size();
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fitted.empty() ? 0 : n_ahead());
     return std::min({ e.n_keep, n_least, n_room });
 }
 
 // Whether K (part 0) or V of a selected row is read from the archive. V that was fitted is not what it was.
-bool reselection::comes_back(int part, const laq_row & row) const {
+bool laq_reselection::comes_back(int part, const laq_row & row) const {
     return row.cell < 0 || (part == 1 && laq.seqs[e.seq_id].fitted && laq.recall->archive.has(row.pos));
 }
 
 // what a head may choose from, and pseudo tokens: in order of position
-std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const {
+std::vector<laq_row> laq_reselection::candidates_of(uint32_t ikv, uint32_t h) const {
     std::vector<laq_row> res;
     res.reserve(archived.size() + order.size());
     auto next = archived.begin();
@@ -150,8 +62,8 @@ std::vector<laq_row> reselection::candidates_of(uint32_t ikv, uint32_t h) const 
 }
 
 // the keys of some rows of a head
-void reselection::gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h,
-                         const archive_part & keys, const laq_cell_rows & cells, uint8_t * dst) const {
+void laq_reselection::gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h,
+                             const laq_archive_part & keys, const laq_cell_rows & cells, uint8_t * dst) const {
     const ggml_type type     = laq.recall->key_type(laq);
     const ggml_type archived = laq.recall->type[0];
     const int64_t   n        = laq_n_embd_of(laq, ikv, 0);
@@ -172,13 +84,13 @@ void reselection::gather(const laq_row * first, const laq_row * last, uint32_t i
     }
 }
 
-bool reselection::is_masked(const std::vector<laq_row> & of_head) const {
+bool laq_reselection::is_masked(const std::vector<laq_row> & of_head) const {
     const auto same = [](int32_t p, const laq_row & row) { return p == row.pos; };
     return masked.size() == of_head.size() && std::equal(masked.begin(), masked.end(), of_head.begin(), same);
 }
 
 // a query sees up to its own position; archived tokens are before all queries
-void reselection::set_mask(const std::vector<laq_row> & of_head) {
+void laq_reselection::set_mask(const std::vector<laq_row> & of_head) {
     const size_t n = of_head.size();
 
     mask_id = laq.recall->scorer.next_mask();
@@ -193,8 +105,8 @@ void reselection::set_mask(const std::vector<laq_row> & of_head) {
     }
 }
 
-laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
-                               const layer_queries & by) const {
+laq_head_op laq_reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h,
+                                   const laq_layer_queries & by) const {
     const laq_layer & layer   = laq.layers[ikv];
     const int64_t     n_group = layer.n_head / layer.n_head_kv;
 
@@ -202,10 +114,10 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
     op.type        = laq.recall->key_type(laq);
     op.n_embd_head = layer.n_embd_head_k;
     op.n_group     = n_group;
-    op.n_q         = obs.size();
+    op.n_q         = by.n_q;
     op.n_kv        = of_head.size();
     op.q           = by.queries.data() + h * n_group * op.n_q * op.n_embd_head;
-    op.mask        = mask.data();
+    op.mask        = mask.data() + (obs.size() - by.n_q) * of_head.size();
     op.mask_id     = mask_id;
     op.sinks       = by.sinks.empty() ? nullptr : by.sinks.data() + h * n_group;
     op.scale       = layer.kq_scale;
@@ -214,7 +126,7 @@ laq_head_op reselection::op_of(const std::vector<laq_row> & of_head, uint32_t ik
 }
 
 // As laq_cache::remember(). What had left the cells when a probe looked counts as nothing then.
-std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const {
+std::vector<float> laq_reselection::remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const {
     const std::vector<float> & s      = scores[ikv][h];
     const float *              memory = laq.layers[ikv].memory.data() + (size_t) h * laq.n_cells();
     std::vector<float>         res(of_head.size());
@@ -228,7 +140,7 @@ std::vector<float> reselection::remembered(const std::vector<laq_row> & of_head,
 }
 
 // what a head gets; in the first layers, how much of it is there
-overlap reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head) {
+laq_overlap laq_reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head) {
     std::vector<float> joined;
     if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
         joined = remembered(of_head, ikv, h);
@@ -260,7 +172,7 @@ overlap reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row>
 }
 
 // false: a block was lost
-bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
+bool laq_reselection::fetch(uint32_t ikv, const laq_archive_part & keys) {
     laq_archive &        archive = laq.recall->archive;
     std::vector<uint8_t> wanted(archive.n_blocks());
     for (const std::vector<laq_row> & of_head : rows[ikv]) {
@@ -270,16 +182,16 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
             }
         }
     }
-    archive_part values;
+    laq_archive_part values;
     if (!values.read(archive, ikv, 1, wanted)) {
         return false;
     }
     for (int part = 0; part < 2; ++part) {
-        const archive_part & from  = part == 0 ? keys : values;
-        const ggml_type      type  = laq_part_of(laq, ikv, part)->type;
-        const ggml_type      there = laq.recall->type[part];
-        const int64_t        n     = laq_n_embd_of(laq, ikv, part);
-        const size_t         n_row = ggml_row_size(type, n);
+        const laq_archive_part & from  = part == 0 ? keys : values;
+        const ggml_type          type  = laq_part_of(laq, ikv, part)->type;
+        const ggml_type          there = laq.recall->type[part];
+        const int64_t            n     = laq_n_embd_of(laq, ikv, part);
+        const size_t             n_row = ggml_row_size(type, n);
 
         std::vector<std::vector<uint8_t>> & bytes = recalled[ikv].bytes[part];
         bytes.resize(rows[ikv].size());
@@ -299,8 +211,9 @@ bool reselection::fetch(uint32_t ikv, const archive_part & keys) {
     return true;
 }
 
-layer_queries::layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) :
-    queries(obs.size() * laq.layers[ikv].n_ring_q()), sinks(laq.layers[ikv].sinks ? laq.layers[ikv].n_head : 0) {
+laq_layer_queries::laq_layer_queries(const laq_cache & laq, uint32_t ikv, const std::vector<laq_observation> & obs) :
+    n_q(obs.size()), queries(obs.size() * laq.layers[ikv].n_ring_q()),
+    sinks(laq.layers[ikv].sinks ? laq.layers[ikv].n_head : 0) {
     const laq_layer & layer   = laq.layers[ikv];
     const size_t      d       = layer.n_embd_head_k;
     const auto        by_slot = [](const laq_observation & a, const laq_observation & b) { return a.slot < b.slot; };
@@ -319,9 +232,9 @@ layer_queries::layer_queries(const laq_cache & laq, uint32_t ikv, const std::vec
 }
 
 // one head at a time: its keys are brought together, which are many
-void reselection::score(uint32_t ikv, const rows_of_layer & of_heads, const archive_part & keys) {
-    const laq_cell_rows cells(laq, ikv, false, 0, laq.cells().used_max_p1(), laq.recall->fetched);
-    const layer_queries by(laq, ikv, obs);
+void laq_reselection::score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archive_part & keys) {
+    const laq_cell_rows     cells(laq, ikv, false, 0, laq.cells().used_max_p1(), laq.recall->fetched);
+    const laq_layer_queries by(laq, ikv, obs);
     const struct waits {
         laq_recall_scorer & scorer;
         ~waits() { scorer.abandon(); }
@@ -346,44 +259,64 @@ void reselection::score(uint32_t ikv, const rows_of_layer & of_heads, const arch
     laq.recall->scorer.wait();
 }
 
-reselection::result reselection::run_layer(uint32_t ikv) {
-    archive_part keys;
+laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {
+    laq_archive_part keys;
     if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
         return result::LOST;
     }
-    const uint32_t n      = laq.layers[ikv].n_head_kv;
-    const size_t   n_most = archived.size() + order.size();
-    rows_of_layer  of_heads(n);
+    const uint32_t    n      = laq.layers[ikv].n_head_kv;
+    const size_t      n_most = archived.size() + order.size();
+    laq_rows_of_layer of_heads(n);
     laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
     scores[ikv].resize(n);
     score(ikv, of_heads, keys);
+    if (!fitted.empty() && !observe(ikv, of_heads, keys)) {
+        return result::LOST;
+    }
     rows[ikv].resize(n);
-    std::vector<overlap> found(n);
+    std::vector<laq_overlap> found(n);
     laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { found[h] = choose(ikv, h, of_heads[h]); });
-    for (const overlap & f : found) {
+    for (const laq_overlap & f : found) {
         old.n_same += f.n_same;
         old.n_all += f.n_all;
     }
     if (laq.debug) {
         candidates[ikv] = std::move(of_heads);
     }
-    if (ikv + 1 == std::min<uint32_t>(LAQ_RECALL_LAYERS, laq.layers.size()) &&
+    if (!e.always && ikv + 1 == std::min<uint32_t>(LAQ_RECALL_LAYERS, laq.layers.size()) &&
         old.n_all - old.n_same < LAQ_RECALL_NEW * old.n_all) {
         return result::SAME;
     }
     return fetch(ikv, keys) ? result::DONE : result::LOST;
 }
 
-reselection::result reselection::run() {
+void laq_reselection::begin() {
     archived = laq.recall->archive.positions();
     blocks.assign(laq.recall->archive.n_blocks(), 0);
     for (const int32_t pos : archived) {
         blocks[pos / laq_archive::N_BLOCK] = 1;
     }
+    masked.clear();
+}
+
+laq_rows laq_reselection::with_ahead() const {
+    laq_rows res = rows;
+    for (const uint32_t cell : order) {
+        const int32_t pos = laq.cells().pos_get(cell);
+        for (size_t ikv = 0; ikv < res.size() && pos >= e.n_end && !fitted.empty(); ++ikv) {
+            for (std::vector<laq_row> & of_head : res[ikv]) {
+                of_head.push_back({ pos, (int32_t) cell });
+            }
+        }
+    }
+    return res;
+}
+
+laq_reselection::result laq_reselection::run() {
+    begin();
     params.n_kv_budget = n_kept();
     const size_t n     = laq.layers.size();
     old                = {};
-    masked.clear();
     rows.assign(n, {});
     recalled.assign(n, {});
     scores.assign(n, {});
@@ -398,7 +331,7 @@ reselection::result reselection::run() {
 }
 
 // one column for each token that some head could choose
-void reselection::keep_scores() const {
+void laq_reselection::keep_scores() const {
     std::set<int32_t> all;
     for (const auto & layer : candidates) {
         for (const auto & of_head : layer) {
@@ -422,7 +355,7 @@ void reselection::keep_scores() const {
     }
 }
 
-void reselection::upload(const std::vector<uint32_t> & dst) const {
+void laq_reselection::upload(const std::vector<uint32_t> & dst) const {
     if (dst.empty()) {
         return;
     }
@@ -450,8 +383,6 @@ void reselection::upload(const std::vector<uint32_t> & dst) const {
     }
 }
 
-}  // namespace
-
 bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & order,
                          const std::vector<uint8_t> & own) {
     if (std::count(own.begin(), own.end(), 0) > 0) {
@@ -465,29 +396,34 @@ bool laq_cache::reselect(const laq_eviction & e, const std::vector<uint32_t> & o
     }
     const int64_t t0 = ggml_time_us();
 
-    reselection s(*this, e, order, obs);
-    auto        res = s.run();
+    laq_reselection s(*this, e, order, obs, fits_to_archive());
+    auto            res = s.run();
     // a block of the file that is lost is no longer there to be chosen from
-    while (res == reselection::result::LOST) {
+    while (res == laq_reselection::result::LOST) {
         res = s.run();
     }
-    if (res == reselection::result::SAME) {
+    if (res == laq_reselection::result::SAME) {
         ++stats.n_recalls_skipped;
     } else {
         if (debug) {
             s.keep_scores();
         }
-        s.upload(compact(e, order, own, s.rows));
-        // What the queries got does not tell of what has come back: nothing is fitted to it.
+        std::vector<uint32_t> dst = compact(e, order, own, s.with_ahead());
+        s.upload(dst);
         laq_seq & seq = seqs[e.seq_id];
-        seq.fitted    = false;
         seq.n_intact  = e.n_intact;
         seq.n_settled = e.n_end;
         seq.remembers = false;
+        // What the queries got from the cells alone does not tell of what has come back: nothing is fitted to that.
+        seq.fitted      = !s.fitted.empty();
+        const double ms = stats.ms_fit;
+        fit_values(e, s.fitted, dst);
+        stats.ms_recall -= stats.ms_fit - ms;  // it is no part of it
+        drop(dst, s.rows[0][0].size());
         seq.ring.forget(e.n_end);
         ++stats.n_recalls;
         ++stats.n_evictions;
     }
     stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
-    return res == reselection::result::DONE;
+    return res == laq_reselection::result::DONE;
 }

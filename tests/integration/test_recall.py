@@ -119,14 +119,37 @@ def test_values_that_were_fitted_come_back_as_they_were(tiny_gguf: Callable[...,
     assert llm.kv_stats().n_recalls > 0 and n_moved() == 0
 
 
-def test_a_message_that_probes_have_looked_for_does_not_choose_for_itself(
-    tiny_gguf: Callable[..., Path],
+@pytest.mark.parametrize(
+    ("settings", "n_rounds"), [({}, 1), ({"value_fit": 0}, 0), ({"recall_device": "device"}, 0)]
+)
+def test_a_message_that_probes_have_looked_for_chooses_where_values_are_fitted(
+    tiny_gguf: Callable[..., Path], settings: dict[str, Any], n_rounds: int
 ) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS, **settings)
     llm.eval(tokens_of(400, seed=1))
     stats = llm.kv_stats()
     assert stats.n_probe > 0 and stats.n_archived > 0
-    assert stats.n_recalls == stats.n_recalls_skipped == stats.n_reread == 0
+    assert (stats.n_recalls, stats.n_recalls_skipped) == (n_rounds, 0)
+    assert stats.n_reread == n_rounds * SETTINGS["kv_budget"] // 4
+
+
+def test_values_are_fitted_while_a_prompt_is_read(tiny_gguf: Callable[..., Path]) -> None:
+    from laq_gguf import _lib
+    from property.native_cache import Rows
+
+    values, n_moved = {}, {}
+    for fit in (0.01, 0):
+        llm = open_llama(tiny_gguf("llama"), recall="never", value_fit=fit, **SETTINGS)
+        llm.eval(tokens_of(400, seed=1))
+        rows, kept = Rows(llm, _lib.load()), llm.kept_positions()[0, 0]
+        archived = {p: rows.archived(0, 0, True, p) for p in kept[kept < 200].tolist()}
+        pairs = zip(rows.resident(0, 0, True), kept.tolist(), strict=True)
+        n_moved[fit] = sum((row != archived[p]).any() for row, p in pairs if p in archived)
+        values[fit] = [rows.archived(0, 0, True, p) for p in range(100)]
+        assert (llm.kv_stats().ms_fit > 0) == (fit > 0)
+    assert n_moved[0.01] > 20 and n_moved[0] == 0
+    # of the first chunk, which was read in view of all that there was
+    np.testing.assert_array_equal(*values.values())
 
 
 def test_without_recall_nothing_is_archived(tiny_gguf: Callable[..., Path]) -> None:
@@ -189,7 +212,8 @@ def test_both_places_choose_the_same(
 
     monkeypatch.setenv("LAQ_DEBUG", "1")
     name, _, archived = kind.partition(" ")
-    settings = {**SETTINGS, "n_ctx": 512, "lookahead": "pseudo", "recall": "always"}
+    # where a device scores, values are not fitted to the archive
+    settings = {**SETTINGS, "n_ctx": 512, "lookahead": "pseudo", "recall": "always", "value_fit": 0}
     if archived:
         settings["kv_recall_type"], name = name, "f16"
     settings.update(type_k=ggml_type(name), type_v=ggml_type(name))

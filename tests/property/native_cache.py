@@ -41,6 +41,7 @@ class NativeCache(RecallCache):
         """A copy that takes any number of tokens."""
         fork = copy.deepcopy(self)
         fork.n_cells, fork.n_ring, fork.pending, fork.recall_when = None, None, False, None
+        fork.fits_to_archive = False
         return fork
 
     def append(self, tokens: Tokens) -> None:

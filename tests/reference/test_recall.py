@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from laq_gguf.reference import PolicyParams, RecallCache
+from laq_gguf.reference.attention import causal_mask
+from laq_gguf.reference.values import attention_outputs
 from reference.made import SHAPE, check_cells, make_room, tokens
 
 
@@ -77,9 +79,44 @@ def test_values_that_were_fitted_come_back_as_they_were() -> None:
         for head, positions in layer.heads()
     ]
     assert all(fitted)
+    cache.fits_to_archive = False
     cache.append(tokens(6, seed=5, first=cache.n_tokens))
     assert cache.choose_for_message(6)
     check_cells(cache)
+
+
+def read_by_probes(value_fit: float) -> RecallCache:
+    cache = opened(n_cells=100, value_fit=value_fit)
+    for _ in range(5):
+        make_room(cache, chunk := cache.plan(90))
+        cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
+    assert cache.remembers and len(cache.archive.positions)
+    return cache
+
+
+def test_what_was_read_last_gets_what_all_tokens_give() -> None:
+    missing = {}
+    for value_fit in (0, 0.01):
+        cache = read_by_probes(value_fit)
+        archived = np.searchsorted(cache.archive.positions, np.arange(40))
+        original = tokens(40, first=0).v.swapaxes(1, 2)
+        np.testing.assert_array_equal(cache.archive.v[:, :, archived], original)
+        n_read = cache.n_intact + 8  # when the last probe looked
+        used = (cache.query_positions >= cache.n_intact) & (cache.query_positions < n_read)
+        assert used.sum() == 8
+        layer = cache.layers[0]
+        mask = causal_mask(cache.query_positions[used], layer.positions)
+        got = attention_outputs(cache._weights(0, used, mask), layer.v)
+        wanted = cache._outputs_of_all(0, used, cache._candidates(0, cache._all_positions()))
+        missing[value_fit] = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    assert missing[0.01] < 0.7 * missing[0], missing
+
+
+def test_a_message_that_probes_have_looked_for_chooses_where_values_are_fitted() -> None:
+    cache = read_by_probes(0.01)
+    assert cache.choose_for_message(8)
+    assert cache.n_recalls == 1 and not cache.remembers
+    assert not read_by_probes(0).choose_for_message(8)
 
 
 def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
