@@ -106,7 +106,7 @@ class RecallCache(KVCache):
             raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
         self.recall_when = recall
         self.fits_to_archive = fits_to_archive and recall is not None and params.fits_values
-        self._had_archive = False
+        self._complete = True
         self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
         super().__init__(params, **others)
 
@@ -208,7 +208,7 @@ class RecallCache(KVCache):
         by_probe: bool = False,
         recall: bool = False,
     ) -> None:
-        self._had_archive = len(self.archive.positions) > 0
+        self._complete = self._holds_archive()
         if self.recall_when is not None:
             self._archive_leaving(min(n_intact, n_end))
         if not (recall and self._reselect(n_keep, n_intact, queries, n_end)):
@@ -277,14 +277,20 @@ class RecallCache(KVCache):
             return super()._fitted_to(used, n_intact, n_end, by_probe)
         if by_probe:
             used = (self.query_positions >= n_intact) & (self.query_positions < n_end)
-        if not self._had_archive:
+        if self._complete:
             return super()._fitted_to(used, n_intact, n_end, False)
         return last_queries(used)
 
     def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        if not (self.fits_to_archive and self._had_archive):
+        if not self.fits_to_archive or self._complete:
             return super()._outputs(il, used)
         return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
+
+    def _holds_archive(self) -> bool:
+        """Whether every head holds all that is archived: what queries get from the cells is what
+        they get from all tokens then."""
+        rows = [row for layer in self.layers for row in layer.positions]
+        return all(np.isin(self.archive.positions, row).all() for row in rows)
 
     def _all_positions(self) -> npt.NDArray[np.int32]:
         parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]
@@ -349,7 +355,9 @@ class RecallCache(KVCache):
         if not (is_new or always):
             self.n_recalls_skipped += 1
             return False
-        fitted = last_queries(used) if self.fits_to_archive else np.zeros_like(used)
+        n_most = max(int((c.held & may_stay).sum(axis=1).max()) for c in layers)
+        fits = self.fits_to_archive and min(n_keep, n_least) < n_most
+        fitted = last_queries(used) if fits else np.zeros_like(used)
         ahead = np.flatnonzero(~may_stay) if fitted.any() else np.zeros(0, np.int64)
         for il, (layer, candidates) in enumerate(zip(self.layers, layers, strict=True)):
             columns = choose(n_keep, il)

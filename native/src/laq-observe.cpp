@@ -84,6 +84,7 @@ bool laq_reselection::observe(uint32_t ikv, const laq_rows_of_layer & of_heads, 
 // as far as the outputs go, nothing is chosen
 laq_reselection::result laq_reselection::observe_all() {
     begin();
+    fitted = obs;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         laq_archive_part  keys;
         laq_rows_of_layer of_heads(laq.layers[ikv].n_head_kv);

@@ -102,6 +102,20 @@ std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t s
     return res;
 }
 
+bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order) {
+    const laq_archive & archive = laq.recall->archive;
+    const size_t        n       = archive.positions().size();
+    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
+        for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
+            const auto is_archived = [&](uint32_t cell) { return archive.has(laq.pos_at(seq_id, ikv, h, cell)); };
+            if ((size_t) std::count_if(order.begin(), order.end(), is_archived) < n) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {
     return recall && seq_id == 0 && params.recall >= when && recall->archive.n_held() > 0;
 }

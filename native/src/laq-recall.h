@@ -37,6 +37,9 @@ struct laq_recall_state {
     std::vector<llama_token> tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt, uint32_t n_most) const;
 };
 
+// Whether every head holds all that is archived: what queries get from the cells is what they get from all tokens then.
+bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order);
+
 // Archive the tokens that every head holds so far and that an eviction lets go. What finds no memory is lost.
 void laq_archive_leaving(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order);
 

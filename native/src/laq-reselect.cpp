@@ -17,13 +17,14 @@ uint32_t laq_reselection::n_ahead() const {
                          [&](uint32_t cell) { return laq.cells().pos_get(cell) >= e.n_end; });
 }
 
-// tokens that every head can hold, at most what the eviction asks for
-uint32_t laq_reselection::n_kept() const {
+// Tokens that every head can hold, at most what the eviction asks for. Where all tokens are kept, there is nothing to fit.
+uint32_t laq_reselection::n_kept() {
     uint32_t n_own = 0;
     for (const uint32_t cell : order) {
         n_own += laq.cells().pos_get(cell) < e.n_end;
     }
     uint32_t n_least = UINT32_MAX;
+    uint32_t n_most  = 0;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
             uint32_t n_both = 0;
@@ -31,10 +32,13 @@ uint32_t laq_reselection::n_kept() const {
                 n_both += laq.recall->archive.has(laq.pos_at(e.seq_id, ikv, h, cell));
             }
             n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
+            n_most  = std::max<uint32_t>(n_most, archived.size() + n_own - n_both);
         }
     }
-    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fitted.empty() ? 0 : n_ahead());
-    return std::min({ e.n_keep, n_least, n_room });
+    const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fits ? n_ahead() : 0);
+    const uint32_t n      = std::min({ e.n_keep, n_least, n_room });
+    fitted                = fits && n < n_most ? laq_last_fitted(obs) : std::vector<laq_observation>();
+    return n;
 }
 
 // Whether K (part 0) or V of a selected row is read from the archive. V that was fitted is not what it was.

@@ -58,7 +58,9 @@ struct laq_reselection {
     const std::vector<uint32_t> &        order;
     const std::vector<laq_observation> & obs;
 
-    const std::vector<laq_observation> fitted;  // of these, those that values are fitted to: the last ones, or none
+    const bool fits;
+
+    std::vector<laq_observation> fitted;  // of these, those that values are fitted to: the last ones, or none
 
     laq_params           params;
     std::vector<int32_t> archived;
@@ -77,8 +79,7 @@ struct laq_reselection {
 
     laq_reselection(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
                     const std::vector<laq_observation> & obs, bool fits) :
-        laq(laq), e(e), order(order), obs(obs), fitted(fits ? laq_last_fitted(obs) : std::vector<laq_observation>()),
-        params(laq.params_of(e.seq_id)) {}
+        laq(laq), e(e), order(order), obs(obs), fits(fits), params(laq.params_of(e.seq_id)) {}
 
     result run();
     result observe_all();
@@ -93,7 +94,7 @@ struct laq_reselection {
   private:
     void                 begin();
     uint32_t             n_ahead() const;
-    uint32_t             n_kept() const;
+    uint32_t             n_kept();
     bool                 comes_back(int part, const laq_row & row) const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
     void gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const laq_archive_part & keys,
