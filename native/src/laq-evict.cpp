@@ -164,6 +164,17 @@ static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std
     return res;
 }
 
+// Whose queries values are fitted to. While a prompt is read, what is read next is most like what was read last: not the
+// probe's. Before n_intact heads hold different tokens.
+static laq_eviction fitted_by(const laq_eviction & e) {
+    laq_eviction by = e;
+    if (e.scratch) {
+        by.scratch = false;
+        by.queries = { e.n_intact, e.n_end };
+    }
+    return by;
+}
+
 void laq_cache::drop(std::vector<uint32_t> & cells, uint32_t n_kept) {
     for (size_t i = n_kept; i < cells.size(); ++i) {
         kv->v_cells[0].rm(cells[i]);
@@ -221,12 +232,10 @@ void laq_cache::evict(const laq_eviction & e) {
     const int64_t  t0       = ggml_time_us();
     settle_shared(e.seq_id, order, own);
 
-    // While a prompt is read, what is read next is most like what was read last: its queries are fitted to, not the
-    // probe's. And only where the archive has V as it was: fitted to the fitted, it drifts from one chunk to the next.
-    const bool            fits = laq_policy_fits(params) && (!e.scratch || fits_to_archive()) && !now.rows.empty() &&
-                                 !std::count(own.begin(), own.end(), 0);
-    const laq_query_range last_read = { e.n_intact, e.n_end };  // before, heads hold different tokens
-    const laq_eviction by = e.scratch ? laq_eviction{ e.seq_id, e.n_keep, last_read, false, e.n_intact, e.n_end } : e;
+    // while a prompt is read, only where the archive has V as it was: fitted to the fitted, it drifts from chunk to chunk
+    const bool         fits = laq_policy_fits(params) && (!e.scratch || fits_to_archive()) && !now.rows.empty() &&
+                              !std::count(own.begin(), own.end(), 0);
+    const laq_eviction by   = fitted_by(e);
     std::vector<laq_observation> obs;
     int64_t                      t_observed = t0;
     if (fits) {

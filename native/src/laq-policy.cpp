@@ -209,6 +209,10 @@ uint32_t laq_policy_reread(const laq_params & params) {
     return std::clamp<int64_t>(std::min(params.n_reread, params.n_kv_budget / 4), 0, std::max<int64_t>(0, n_room));
 }
 
+uint32_t laq_policy_rounds(const laq_params & params, bool probed) {
+    return params.n_recall_rounds + (params.n_recall_rounds > 0 && probed);
+}
+
 laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt) {
     return { std::max(first, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
 }

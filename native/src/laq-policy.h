@@ -77,6 +77,10 @@ bool               laq_policy_fits(const laq_params & params);
 // of the budget at most, and no more than the budget holds beside what is pinned
 uint32_t laq_policy_reread(const laq_params & params);
 
+// Times that a message selects for itself. One more where probes have read it: the first time, it asks for what they
+// have kept.
+uint32_t laq_policy_rounds(const laq_params & params, bool probed);
+
 // Of those, from first on, the positions whose queries select: SnapKV's window
 laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt);
 

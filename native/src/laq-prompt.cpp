@@ -236,12 +236,13 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
     if (probed && !laq.fits_to_archive()) {
         return false;
     }
-    const uint32_t n_most = laq_policy_reread(laq.params_of(seq_id));
-    const uint32_t n_room = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
-    const uint32_t n_keep = laq_policy_draft(laq.params, n_room);
+    const uint32_t n_rounds = laq_policy_rounds(laq.params, probed);
+    const uint32_t n_most   = laq_policy_reread(laq.params_of(seq_id));
+    const uint32_t n_room   = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
+    const uint32_t n_keep   = laq_policy_draft(laq.params, n_room);
 
     bool drafted = false;
-    for (uint32_t i = 0; i < laq.params.n_recall_rounds; ++i) {
+    for (uint32_t i = 0; i < n_rounds; ++i) {
         const int32_t                  n_prompt = laq.n_tokens(seq_id);
         const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
         const int32_t                  first    = n_prompt - (int32_t) tail.size();

@@ -120,7 +120,8 @@ def test_values_that_were_fitted_come_back_as_they_were(tiny_gguf: Callable[...,
 
 
 @pytest.mark.parametrize(
-    ("settings", "n_rounds"), [({}, 1), ({"value_fit": 0}, 0), ({"recall_device": "device"}, 0)]
+    ("settings", "n_rounds"),
+    [({}, 2), ({"recall_rounds": 0}, 0), ({"value_fit": 0}, 0), ({"recall_device": "device"}, 0)],
 )
 def test_a_message_that_probes_have_looked_for_chooses_where_values_are_fitted(
     tiny_gguf: Callable[..., Path], settings: dict[str, Any], n_rounds: int

@@ -158,14 +158,22 @@ SETUPS = (
         cache_type="f32",
         rules=FITTED,
         context=NO_FA,
-        archive={"kv_recall": "ram", "recall": "turn"},
+        # a mirror is told the scores of one choice in a call: of two only the last one's
+        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 0},
     ),
     Setup(
         "recall fitted, pinned, disk",
         "laq++",
         rules={**FITTED, "pinned": ((40, 50),)},
         compaction="graph",
-        archive={"kv_recall": "disk", "recall": "always", "reread_size": 5},
+        archive={"kv_recall": "disk", "recall": "always", "recall_rounds": 0},
+    ),
+    Setup(
+        "recall, pinned",
+        "laq++",
+        rules={"pinned": ((40, 50),)},
+        context=NO_FA,
+        archive={"kv_recall": "ram", "recall": "always", "reread_size": 5},
     ),
     Setup(
         "recall pseudo, f32, disk",
