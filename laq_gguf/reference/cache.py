@@ -388,16 +388,27 @@ class KVCache(Cells):
         if not used.any():
             return
         for il, layer in enumerate(self.layers):
-            positions = layer.positions
-            mask = causal_mask(self.query_positions[used], positions)
-            outputs = self._outputs(il, used)
-            stays = positions >= n_intact
+            stays = layer.positions >= n_intact
             np.put_along_axis(stays, kept[il], True, axis=1)
-            weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))
-            pinned = pinned_mask(
-                positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
-            )
-            layer.v = fit_values(weights, layer.v, outputs, stays & ~pinned, params.value_fit)
+            self._fit_layer(params, il, used, self._outputs(il, used), stays, n_intact)
+
+    def _fit_layer(
+        self,
+        params: PolicyParams,
+        il: int,
+        used: npt.NDArray[np.bool_],
+        outputs: FloatArray,
+        stays: npt.NDArray[np.bool_],
+        n_intact: int,
+    ) -> None:
+        """V of the cells of a layer that stay (n_head_kv, n_kv), until the queries get outputs."""
+        layer = self.layers[il]
+        mask = causal_mask(self.query_positions[used], layer.positions)
+        weights = self._weights(il, used, np.where(stays[:, None], mask, np.float32(-np.inf)))
+        pinned = pinned_mask(
+            layer.positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
+        )
+        layer.v = fit_values(weights, layer.v, outputs, stays & ~pinned, params.value_fit)
 
     def _weights(
         self, il: int, used: npt.NDArray[np.bool_], mask: FloatArray

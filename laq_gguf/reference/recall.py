@@ -21,8 +21,8 @@ import numpy.typing as npt
 from .attention import FloatArray, attention_scores, attention_weights, causal_mask
 from .cache import KVCache
 from .plan import check_pinned, n_always
-from .select import PolicyParams, Span, pinned_mask, query_range, select_head
-from .values import FIT_QUERIES, attention_outputs, fit_values, last_queries
+from .select import PolicyParams, Span, query_range, select_head
+from .values import FIT_QUERIES, attention_outputs, last_queries
 
 RECALLS = ("never", "turn", "always")
 #: Of the tokens that the budget takes in the first layers this share must be new, or nothing comes
@@ -106,7 +106,6 @@ class RecallCache(KVCache):
             raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
         self.recall_when = recall
         self.fits_to_archive = fits_to_archive and recall is not None and params.fits_values
-        self._complete = True
         self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
         super().__init__(params, **others)
 
@@ -208,7 +207,6 @@ class RecallCache(KVCache):
         by_probe: bool = False,
         recall: bool = False,
     ) -> None:
-        self._complete = self._holds_archive()
         if self.recall_when is not None:
             self._archive_leaving(min(n_intact, n_end))
         if not (recall and self._reselect(n_keep, n_intact, queries, n_end)):
@@ -257,16 +255,18 @@ class RecallCache(KVCache):
         self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
     ) -> FloatArray:
         """(n_head_kv, n), 0 where a head has no such token."""
+        return attention_scores(
+            self.queries[il, used].swapaxes(0, 1), **self._candidate_keys(il, used, candidates)
+        )
+
+    def _candidate_keys(
+        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
+    ) -> dict[str, Any]:
+        """As _keys, with the mask of what each head has."""
         mask = causal_mask(self.query_positions[used], candidates.positions)
         absent = np.where(candidates.held, np.float32(0), np.float32(-np.inf))
-        return attention_scores(
-            self.queries[il, used].swapaxes(0, 1),
-            candidates.k.swapaxes(0, 1),
-            scale=self.scale,
-            mask=mask[None] + absent[:, None],
-            softcap=self.softcap,
-            sinks=None if self.sinks is None else self.sinks[il],
-        )
+        k = candidates.k.swapaxes(0, 1)
+        return {**self._keys(il), "k": k, "mask": mask[None] + absent[:, None]}
 
     def _fitted_to(
         self, used: npt.NDArray[np.bool_], n_intact: int, n_end: int, by_probe: bool
@@ -277,12 +277,12 @@ class RecallCache(KVCache):
             return super()._fitted_to(used, n_intact, n_end, by_probe)
         if by_probe:
             used = (self.query_positions >= n_intact) & (self.query_positions < n_end)
-        if self._complete:
+        if self._holds_archive():
             return super()._fitted_to(used, n_intact, n_end, False)
         return last_queries(used)
 
     def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        if not self.fits_to_archive or self._complete:
+        if not self.fits_to_archive or self._holds_archive():
             return super()._outputs(il, used)
         return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
 
@@ -299,28 +299,10 @@ class RecallCache(KVCache):
     def _outputs_of_all(
         self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
     ) -> FloatArray:
-        mask = causal_mask(self.query_positions[used], candidates.positions)
-        absent = np.where(candidates.held, np.float32(0), np.float32(-np.inf))
         weights = attention_weights(
-            self.queries[il, used].swapaxes(0, 1),
-            **{**self._keys(il), "k": candidates.k.swapaxes(0, 1)},
-            mask=mask[None] + absent[:, None],
+            self.queries[il, used].swapaxes(0, 1), **self._candidate_keys(il, used, candidates)
         )
         return attention_outputs(weights, candidates.v)
-
-    def _fit_layer(
-        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates, n_intact: int
-    ) -> None:
-        """V of a layer's cells, among them what was decoded ahead, to what all candidates give."""
-        layer, params = self.layers[il], self.params
-        pinned = pinned_mask(
-            layer.positions, n_sink=params.n_sink, n_intact=n_intact, spans=params.pinned
-        )
-        mask = causal_mask(self.query_positions[used], layer.positions)
-        outputs = self._outputs_of_all(il, used, candidates)
-        layer.v = fit_values(
-            self._weights(il, used, mask), layer.v, outputs, ~pinned, params.value_fit
-        )
 
     def _reselect(
         self, n_keep: int, n_intact: int, queries: Span, n_end: int, always: bool = False
@@ -367,7 +349,10 @@ class RecallCache(KVCache):
             layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
             layer.memory = np.zeros(columns.shape, np.float32)
             if fitted.any():
-                self._fit_layer(il, fitted, candidates, n_intact)
+                # what was decoded ahead is seen, too
+                outputs = self._outputs_of_all(il, fitted, candidates)
+                all_stay = np.ones(columns.shape, bool)
+                self._fit_layer(self.params, il, fitted, outputs, all_stay, n_intact)
                 n_kept = columns.shape[1] - len(ahead)
                 layer.keep(np.tile(np.arange(n_kept), (len(columns), 1)))
         self.n_intact, self.remembers, self.pending = n_intact, False, False

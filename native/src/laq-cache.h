@@ -322,7 +322,7 @@ struct laq_cache {
                     const std::vector<uint32_t> & dst);
 
     // The queries that V of what stays is fitted to: their outputs are in the ring. Empty where nothing is fitted.
-    std::vector<laq_observation> fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order, bool complete);
+    std::vector<laq_observation> fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order);
 
     // what the queries get from archived and resident tokens together goes to the ring
     void observe_archive(const laq_eviction & e, const std::vector<uint32_t> & order,

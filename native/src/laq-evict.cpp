@@ -126,9 +126,8 @@ bool laq_cache::fits_to_archive() const {
     return recall && laq_policy_fits(params) && recall->archive.can_hold() && recall->scorer.on_cpu();
 }
 
-std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order,
-                                                  bool complete) {
-    if (!complete) {
+std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
+    if (fits_to_archive() && !laq_holds_archive(*this, e.seq_id, order)) {
         const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e));
         if (!res.empty()) {
             observe_archive(e, order, res);
@@ -200,9 +199,8 @@ bool laq_cache::choose_again(const laq_eviction & e) {
 
 void laq_cache::evict(const laq_eviction & e) {
     ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
-    const std::vector<uint32_t> order    = resident(e.seq_id);
-    const std::vector<uint8_t>  own      = owned(*this, order);
-    const bool                  complete = !fits_to_archive() || laq_holds_archive(*this, e.seq_id, order);
+    const std::vector<uint32_t> order = resident(e.seq_id);
+    const std::vector<uint8_t>  own   = owned(*this, order);
     if (recall) {
         laq_archive_leaving(*this, e, order);
     }
@@ -239,7 +237,7 @@ void laq_cache::evict(const laq_eviction & e) {
     std::vector<laq_observation> obs;
     int64_t                      t_observed = t0;
     if (fits) {
-        obs        = fitted_to(by, order, complete);
+        obs        = fitted_to(by, order);
         t_observed = ggml_time_us();
     }
     // what is dropped goes after the fit: its queries see it, and it has their outputs

@@ -2,8 +2,6 @@
 
 #include "laq-reselect.h"
 
-#include "laq-threads.h"
-
 #include <algorithm>
 
 // V of what a head may choose from, as it was before any fit: [n_embd_head_v][n]
@@ -87,10 +85,8 @@ laq_reselection::result laq_reselection::observe_all() {
     fitted = obs;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         laq_archive_part  keys;
-        laq_rows_of_layer of_heads(laq.layers[ikv].n_head_kv);
-        laq_parallel(of_heads.size(), archived.size() + order.size(), laq.n_threads(),
-                     [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
-        if (!keys.read(laq.recall->archive, ikv, 0, blocks) || !observe(ikv, of_heads, keys)) {
+        laq_rows_of_layer of_heads;
+        if (!begin_layer(ikv, keys, of_heads) || !observe(ikv, of_heads, keys)) {
             return result::LOST;
         }
     }

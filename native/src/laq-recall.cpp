@@ -102,13 +102,17 @@ std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t s
     return res;
 }
 
+uint32_t laq_n_archived(const laq_cache & laq, int32_t seq_id, uint32_t ikv, uint32_t h,
+                        const std::vector<uint32_t> & order) {
+    return std::count_if(order.begin(), order.end(),
+                         [&](uint32_t cell) { return laq.recall->archive.has(laq.pos_at(seq_id, ikv, h, cell)); });
+}
+
 bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order) {
-    const laq_archive & archive = laq.recall->archive;
-    const size_t        n       = archive.positions().size();
+    const size_t n = laq.recall->archive.positions().size();
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
-            const auto is_archived = [&](uint32_t cell) { return archive.has(laq.pos_at(seq_id, ikv, h, cell)); };
-            if ((size_t) std::count_if(order.begin(), order.end(), is_archived) < n) {
+            if (laq_n_archived(laq, seq_id, ikv, h, order) < n) {
                 return false;
             }
         }

@@ -37,6 +37,10 @@ struct laq_recall_state {
     std::vector<llama_token> tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt, uint32_t n_most) const;
 };
 
+// cells of `order` in which a head holds a token that is archived
+uint32_t laq_n_archived(const laq_cache & laq, int32_t seq_id, uint32_t ikv, uint32_t h,
+                        const std::vector<uint32_t> & order);
+
 // Whether every head holds all that is archived: what queries get from the cells is what they get from all tokens then.
 bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order);
 

@@ -19,20 +19,15 @@ uint32_t laq_reselection::n_ahead() const {
 
 // Tokens that every head can hold, at most what the eviction asks for. Where all tokens are kept, there is nothing to fit.
 uint32_t laq_reselection::n_kept() {
-    uint32_t n_own = 0;
-    for (const uint32_t cell : order) {
-        n_own += laq.cells().pos_get(cell) < e.n_end;
-    }
+    const uint32_t n_own = order.size() - n_ahead();
+
     uint32_t n_least = UINT32_MAX;
     uint32_t n_most  = 0;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
-            uint32_t n_both = 0;
-            for (const uint32_t cell : order) {
-                n_both += laq.recall->archive.has(laq.pos_at(e.seq_id, ikv, h, cell));
-            }
-            n_least = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
-            n_most  = std::max<uint32_t>(n_most, archived.size() + n_own - n_both);
+            const uint32_t n_both = laq_n_archived(laq, e.seq_id, ikv, h, order);
+            n_least               = std::min<uint32_t>(n_least, archived.size() + n_own - n_both);
+            n_most                = std::max<uint32_t>(n_most, archived.size() + n_own - n_both);
         }
     }
     const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fits ? n_ahead() : 0);
@@ -263,15 +258,20 @@ void laq_reselection::score(uint32_t ikv, const laq_rows_of_layer & of_heads, co
     laq.recall->scorer.wait();
 }
 
+bool laq_reselection::begin_layer(uint32_t ikv, laq_archive_part & keys, laq_rows_of_layer & of_heads) const {
+    of_heads.resize(laq.layers[ikv].n_head_kv);
+    laq_parallel(of_heads.size(), n_candidates(), laq.n_threads(),
+                 [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
+    return keys.read(laq.recall->archive, ikv, 0, blocks);
+}
+
 laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {
-    laq_archive_part keys;
-    if (!keys.read(laq.recall->archive, ikv, 0, blocks)) {
+    laq_archive_part  keys;
+    laq_rows_of_layer of_heads;
+    if (!begin_layer(ikv, keys, of_heads)) {
         return result::LOST;
     }
-    const uint32_t    n      = laq.layers[ikv].n_head_kv;
-    const size_t      n_most = archived.size() + order.size();
-    laq_rows_of_layer of_heads(n);
-    laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
+    const uint32_t n = of_heads.size();
     scores[ikv].resize(n);
     score(ikv, of_heads, keys);
     if (!fitted.empty() && !observe(ikv, of_heads, keys)) {
@@ -279,7 +279,7 @@ laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {
     }
     rows[ikv].resize(n);
     std::vector<laq_overlap> found(n);
-    laq_parallel(n, n_most, laq.n_threads(), [&](uint32_t h) { found[h] = choose(ikv, h, of_heads[h]); });
+    laq_parallel(n, n_candidates(), laq.n_threads(), [&](uint32_t h) { found[h] = choose(ikv, h, of_heads[h]); });
     for (const laq_overlap & f : found) {
         old.n_same += f.n_same;
         old.n_all += f.n_all;

@@ -92,8 +92,12 @@ struct laq_reselection {
     void upload(const std::vector<uint32_t> & dst) const;
 
   private:
-    void                 begin();
-    uint32_t             n_ahead() const;
+    void     begin();
+    uint32_t n_ahead() const;
+    // at most, of one head
+    size_t n_candidates() const { return archived.size() + order.size(); }
+    // what the heads of a layer may choose from, and the archived keys; false: a block was lost
+    bool                 begin_layer(uint32_t ikv, laq_archive_part & keys, laq_rows_of_layer & of_heads) const;
     uint32_t             n_kept();
     bool                 comes_back(int part, const laq_row & row) const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
