@@ -4,7 +4,8 @@
 //   1. per KV head and chunk of keys: running maximum and sum of exponentials of every query row
 //   2. the logits again, turned into probabilities with the log-sum-exp of pass 1 and added up per key
 // Those of the first chunks are kept in between, in a buffer of fixed size: pass 2 computes the others anew, alike to the
-// bit. Chunks do not depend on the number of threads, so neither do the results.
+// bit. With values, pass 2 adds up what the rows get from its chunk; a third one adds the chunks. Chunks do not depend on
+// the number of threads, so neither do the results.
 //
 // The lanes of a vector are query rows: K is read as it lies, only the few queries are transposed, and what belongs to a
 // row (maximum, sum) stays in its lane. What limits it: the FMAs of the two passes (half each), then the exponentials.
@@ -76,10 +77,13 @@ struct score_shape {
     int64_t n_kv;       // keys
     int64_t n_head_kv;  // KV heads
     int64_t n_chunks;
+    int64_t n_embd_v;  // head size of the values, 0 = none are asked for
+    int64_t n_pad_v;   // rounded up to whole blocks
 
     explicit score_shape(const ggml_tensor * dst) {
         const ggml_tensor * q = dst->src[0];
         const ggml_tensor * k = dst->src[1];
+        const ggml_tensor * v = dst->src[4];
 
         n_embd    = q->ne[0];
         n_q       = q->ne[1];
@@ -89,6 +93,8 @@ struct score_shape {
         n_rows    = n_q * n_group;
         n_lanes   = GGML_PAD(n_rows, N_LANE);
         n_chunks  = (n_kv + N_CHUNK - 1) / N_CHUNK;
+        n_embd_v  = v ? v->ne[0] : 0;
+        n_pad_v   = GGML_PAD(n_embd_v, N_KEYS);
     }
 
     // maximum and sum of each (KV head, chunk, row)
@@ -99,8 +105,17 @@ struct score_shape {
 
     int64_t n_kept() const { return std::min(n_head_kv * n_chunks, N_KEPT / n_logits()); }
 
-    // queries, keys of a tile, logits, exponentials, log-sum-exp
-    int64_t n_scratch() const { return n_embd * (n_lanes + N_TILE) + 2 * N_TILE * n_lanes + n_lanes + N_LINE; }
+    // what the rows get from a chunk
+    int64_t n_out() const { return n_pad_v * n_lanes; }
+
+    // queries, keys of a tile, logits, exponentials, log-sum-exp, values of a tile
+    int64_t n_scratch() const {
+        return n_embd * (n_lanes + N_TILE) + 2 * N_TILE * n_lanes + n_lanes + N_TILE * n_pad_v + N_LINE;
+    }
+
+    int64_t n_work(int n_threads) const {
+        return n_stats() + N_LINE + n_kept() * n_logits() + n_head_kv * n_chunks * n_out() + n_threads * n_scratch();
+    }
 };
 
 // scratch of one thread
@@ -110,6 +125,7 @@ struct score_work {
     float * logits;  // [N_TILE][n_lanes], where they are not kept
     float * exps;    // [N_TILE][n_lanes]
     float * lse;     // [n_lanes]
+    float * values;  // [N_TILE][n_pad_v]
 
     score_work(const score_shape & s, float * base) {
         qt     = base;
@@ -117,6 +133,7 @@ struct score_work {
         logits = keys + s.n_embd * N_TILE;
         exps   = logits + N_TILE * s.n_lanes;
         lse    = exps + N_TILE * s.n_lanes;
+        values = lse + s.n_lanes;
     }
 };
 
@@ -322,10 +339,62 @@ float sum_lanes(const float * p, int64_t n_lanes) {
     return lanes[0];
 }
 
-// pass 2: the scores of one chunk; kept = its logits, or null
+// out[c][r] += sum over t of v[t][c] * p[t][r] for N_KEYS channels, NB vectors of rows and a tile
+template <int64_t NB> void add_block(const float * v, const float * p, int64_t n_pad_v, int64_t n_lanes, float * out) {
+    vec_f32 acc[N_KEYS][NB];
+    for (int64_t c = 0; c < N_KEYS; ++c) {
+        for (int64_t b = 0; b < NB; ++b) {
+            acc[c][b] = *(const vec_f32 *) (out + c * n_lanes + b * N_LANE);
+        }
+    }
+    for (int64_t t = 0; t < N_TILE; ++t) {
+        vec_f32 row[NB];
+        for (int64_t b = 0; b < NB; ++b) {
+            row[b] = *(const vec_f32 *) (p + t * n_lanes + b * N_LANE);
+        }
+        for (int64_t c = 0; c < N_KEYS; ++c) {
+            for (int64_t b = 0; b < NB; ++b) {
+                acc[c][b] += v[t * n_pad_v + c] * row[b];
+            }
+        }
+    }
+    for (int64_t c = 0; c < N_KEYS; ++c) {
+        for (int64_t b = 0; b < NB; ++b) {
+            *(vec_f32 *) (out + c * n_lanes + b * N_LANE) = acc[c][b];
+        }
+    }
+}
+
+// what the rows get from a tile, whose probabilities are w.exps, is added to out [n_pad_v][n_lanes]
+void add_tile(const ggml_tensor * v, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w,
+              float * out) {
+    std::fill(w.values + n * s.n_pad_v, w.values + N_TILE * s.n_pad_v, 0.0f);  // its probabilities are 0
+    for (int64_t t = 0; t < n; ++t) {
+        const char * src = (const char *) v->data + (i0 + t) * v->nb[1] + g * v->nb[2];
+        float *      dst = w.values + t * s.n_pad_v;
+        if (const float * row = load_row(v->type, src, s.n_embd_v, dst); row != dst) {
+            std::copy(row, row + s.n_embd_v, dst);
+        }
+    }
+    constexpr int64_t N = N_BLOCK * N_LANE;
+    for (int64_t c = 0; c < s.n_embd_v; c += N_KEYS) {
+        int64_t r = 0;
+        for (; r + N <= s.n_lanes; r += N) {
+            add_block<N_BLOCK>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
+        }
+        for (; r < s.n_lanes; r += N_LANE) {
+            add_block<1>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
+        }
+    }
+}
+
+// pass 2: the scores of one chunk; kept = its logits, or null; out = what the rows get from it, or null
 void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
-                  float * kept) {
+                  float * kept, float * out) {
     float * res = (float *) dst->data + g * s.n_kv;
+    if (out) {
+        std::fill(out, out + s.n_out(), 0.0f);
+    }
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
@@ -338,14 +407,32 @@ void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int
         for (int64_t t = 0; t < n; ++t) {
             res[i0 + t] = sum_lanes(w.exps + t * s.n_lanes, s.n_lanes) / (float) s.n_group;
         }
+        if (out) {
+            add_tile(dst->src[4], s, g, i0, n, w, out);
+        }
+    }
+}
+
+// pass 3: channel c of what the rows of a KV head get; outs = that of its chunks
+void add_chunks(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t c, const float * outs, float * sum) {
+    float * res = (float *) dst->data + s.n_head_kv * s.n_kv + g * s.n_rows * s.n_embd_v + c;
+
+    std::fill(sum, sum + s.n_lanes, 0.0f);
+    for (int64_t i = 0; i < s.n_chunks; ++i) {
+        const float * out = outs + i * s.n_out() + c * s.n_lanes;
+        for (int64_t r = 0; r < s.n_lanes; ++r) {
+            sum[r] += out[r];
+        }
+    }
+    for (int64_t r = 0; r < s.n_rows; ++r) {
+        res[r * s.n_embd_v] = sum[r];
     }
 }
 
 }  // namespace
 
 size_t ggml_laq_score_work_size(const ggml_tensor * dst, int n_tasks) {
-    const score_shape s(dst);
-    return sizeof(float) * (s.n_stats() + N_LINE + s.n_kept() * s.n_logits() + n_tasks * s.n_scratch());
+    return sizeof(float) * score_shape(dst).n_work(n_tasks);
 }
 
 void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -359,7 +446,8 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
 
     const int64_t    n_items = s.n_head_kv * s.n_chunks;
     const int64_t    n_kept  = s.n_kept();
-    const score_work w(s, logits + n_kept * s.n_logits() + params->ith * s.n_scratch());
+    float * const    outs    = logits + n_kept * s.n_logits();
+    const score_work w(s, outs + n_items * s.n_out() + params->ith * s.n_scratch());
 
     // a thread has the same items in both passes
     const auto kept = [&](int64_t item) { return item < n_kept ? logits + item * s.n_logits() : nullptr; };
@@ -387,6 +475,16 @@ void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_ten
             head_lse(dst, s, g, stats, w.lse);
             g_lse = g;
         }
-        chunk_scores(dst, s, g, item % s.n_chunks, w, kept(item));
+        chunk_scores(dst, s, g, item % s.n_chunks, w, kept(item), s.n_embd_v ? outs + item * s.n_out() : nullptr);
+    }
+    if (s.n_embd_v == 0) {
+        return;
+    }
+
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = params->ith; i < s.n_head_kv * s.n_embd_v; i += params->nth) {
+        const int64_t g = i / s.n_embd_v;
+        add_chunks(dst, s, g, i % s.n_embd_v, outs + g * s.n_chunks * s.n_out(), w.lse);
     }
 }

@@ -145,7 +145,7 @@ bool ggml_metal_laq_score_supported(const ggml_tensor * op, const ggml_metal_dev
     const ggml_tensor * k = op->src[1];
 
     const size_t alignment = row_alignment(k->type);
-    if (alignment == 0 || q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32) {
+    if (op->src[4] || alignment == 0 || q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32) {
         return false;
     }
     if (!props->has_simdgroup_mm || !props->has_simdgroup_reduction) {

@@ -86,7 +86,7 @@ bool ggml_cuda_laq_score_supported(int device, const ggml_tensor * op) {
     const ggml_tensor * k = op->src[1];
 
     laq_key_type type;
-    if (!turing_mma_available(ggml_cuda_info().devices[device].cc) || !key_type(k->type, type)) {
+    if (op->src[4] || !turing_mma_available(ggml_cuda_info().devices[device].cc) || !key_type(k->type, type)) {
         return false;
     }
     if (k->ne[0] % 16 != 0 || !rows_are_aligned(q) || (!ggml_is_quantized(k->type) && !rows_are_aligned(k))) {

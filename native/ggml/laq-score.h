@@ -22,6 +22,16 @@ GGML_API struct ggml_tensor * ggml_laq_score(struct ggml_context * ctx, struct g
                                              struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale,
                                              float softcap);
 
+// The same, and what the queries get: only the CPU has it.
+//
+// v:   any [n_embd_head_v, n_kv, n_head_kv]   rows contiguous
+// res: F32 [n_kv*n_head_kv + n_embd_head_v*n_q*n_head]: the scores, then
+// out[h,j] = sum over i (softmax_i(logit[h,j,i] + mask[j,i]) * v[g,i])
+GGML_API struct ggml_tensor * ggml_laq_score_outputs(struct ggml_context * ctx, struct ggml_tensor * q,
+                                                     struct ggml_tensor * k, struct ggml_tensor * v,
+                                                     struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale,
+                                                     float softcap);
+
 // bytes of work buffer the CPU kernel needs
 size_t ggml_laq_score_work_size(const struct ggml_tensor * dst, int n_tasks);
 

@@ -158,7 +158,7 @@ void laq_cache::reserve() {
         }
     }
     if (recall) {
-        recall->scorer.place(*this, recall->key_type(*this));
+        recall->scorer.place(*this, recall->row_type(*this, 0));
     }
 }
 

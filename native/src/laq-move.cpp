@@ -162,8 +162,15 @@ void laq_cell_rows::set(uint32_t head, const std::vector<uint32_t> & cells, cons
     }
 }
 
-const uint8_t * laq_cell_rows::at(uint32_t head, uint32_t c) const {
-    return n_lanes > 1 ? nullptr : data + head * lane + c * cell;
+const uint8_t * laq_cell_rows::row(uint32_t head, uint32_t c, uint8_t * turned) const {
+    const uint8_t * src = data + head * n_lanes * lane + c * cell;
+    if (n_lanes == 1) {
+        return src;
+    }
+    for (uint32_t i = 0; i < n_lanes; ++i) {
+        memcpy(turned + i * item, src + i * lane, item);
+    }
+    return turned;
 }
 
 void laq_cell_rows::write() const {

@@ -55,8 +55,8 @@ class laq_cell_rows {
     void get(uint32_t head, const std::vector<uint32_t> & cells, uint8_t * dst) const;
     void set(uint32_t head, const std::vector<uint32_t> & cells, const uint8_t * src);
 
-    // the address of a row; nullptr where V is transposed
-    const uint8_t * at(uint32_t head, uint32_t cell) const;
+    // the address of a row; where V is transposed, of a copy in `turned` [row_size()]
+    const uint8_t * row(uint32_t head, uint32_t cell, uint8_t * turned) const;
 
     void write() const;  // what was set goes to the device
 

@@ -51,27 +51,26 @@ static ggml_tensor * keys_of(ggml_context * c, const laq_head_op & op) {
                 op.k);
 }
 
-// what an op reads, where it is in host memory
-struct tensors_in_place {
-    ggml_tensor * q;
-    ggml_tensor * k;
-    ggml_tensor * mask;
-    ggml_tensor * sinks;
-
-    tensors_in_place(ggml_context * c, const laq_head_op & op) :
-        q(over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q)), k(keys_of(c, op)),
-        mask(over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask)),
-        sinks(op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr) {}
-};
-
-// by the CPU, which reads keys and queries where they are
+// by the CPU, which reads what the op points to where it is
 static void score_in_place(ggml_backend_t cpu, const laq_head_op & op, float * dst) {
     std::vector<uint8_t>   meta;
-    const ggml_context_ptr ctx = new_context(meta);
-    ggml_context *         c   = ctx.get();
-    const tensors_in_place t(c, op);
+    const ggml_context_ptr ctx  = new_context(meta);
+    ggml_context *         c    = ctx.get();
+    ggml_tensor *          q    = over(ggml_new_tensor_3d(c, GGML_TYPE_F32, op.n_embd_head, op.n_q, op.n_group), op.q);
+    ggml_tensor *          k    = keys_of(c, op);
+    ggml_tensor *          mask = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, op.n_q), op.mask);
+    ggml_tensor * sinks         = op.sinks ? over(ggml_new_tensor_1d(c, GGML_TYPE_F32, op.n_group), op.sinks) : nullptr;
+    if (!op.v) {
+        compute(cpu, c, over(ggml_laq_score(c, q, k, mask, sinks, op.scale, op.softcap), dst));
+        return;
+    }
+    ggml_tensor * v   = over(ggml_new_tensor_2d(c, op.type_v, op.n_embd_head_v, op.n_kv), op.v);
+    ggml_tensor * res = ggml_laq_score_outputs(c, q, k, v, mask, sinks, op.scale, op.softcap);
 
-    compute(cpu, c, over(ggml_laq_score(c, t.q, t.k, t.mask, t.sinks, op.scale, op.softcap), dst));
+    std::vector<float> both(res->ne[0]);
+    compute(cpu, c, over(res, both.data()));
+    std::copy(both.begin(), both.begin() + op.n_kv, dst);
+    std::copy(both.begin() + op.n_kv, both.end(), op.outputs);
 }
 
 bool laq_score_stream::supported(ggml_backend_t backend, const laq_head_size & most) {
@@ -104,13 +103,13 @@ laq_score_stream::laq_score_stream(ggml_backend_t backend, const laq_head_size &
     ggml_backend_buffer_clear(buf.get(), 0);
     // what the kernel allocates for itself grows with the keys: let it have all of it now
     const laq_head_op op = { most.type, most.n_embd_head, most.n_group, most.n_q, most.n_kv, nullptr, nullptr, nullptr,
-                             0,         nullptr,          1.0f,         0.0f,     {} };
+                             0,         nullptr,          1.0f,         0.0f };
     const ggml_context_ptr gc = new_context(meta);
     compute(backend, gc.get(), add(op, gc.get(), false));
 }
 
 bool laq_score_stream::fits(const laq_head_op & op) const {
-    return op.type == most.type && op.n_kv <= most.n_kv && op.n_group <= most.n_group &&
+    return !op.v && op.type == most.type && op.n_kv <= most.n_kv && op.n_group <= most.n_group &&
            op.n_embd_head * op.n_kv <= most.n_embd_head * most.n_kv && op.n_kv * op.n_q <= most.n_kv * most.n_q &&
            op.n_embd_head * op.n_q * op.n_group <= most.n_embd_head * most.n_q * most.n_group;
 }
@@ -158,8 +157,8 @@ struct sample_head {
     explicit sample_head(const laq_head_size & size) :
         k(ggml_row_size(size.type, size.n_embd_head) * size.n_kv), q(size.n_embd_head * size.n_q * size.n_group),
         mask(size.n_kv * size.n_q), res(size.n_kv),
-        op{ size.type,   size.n_embd_head, size.n_group, size.n_q, size.n_kv, k.data(), q.data(),
-            mask.data(), UINT64_MAX,       nullptr,      1.0f,     0.0f,      {} } {}
+        op{ size.type, size.n_embd_head, size.n_group, size.n_q, size.n_kv, k.data(),
+            q.data(),  mask.data(),      UINT64_MAX,   nullptr,  1.0f,      0.0f } {}
 };
 
 // the first time is a warm-up, where there is time for a second
@@ -338,25 +337,6 @@ void laq_recall_scorer::start(uint32_t ikv, const laq_head_op & op, float * dst)
     const auto when = is_cpu(stream->device()) ? std::launch::deferred : std::launch::async;
     running         = std::async(when, [stream, op, dst] { stream->score(op, dst); });
     i_gathered      = 1 - i_gathered;
-}
-
-void laq_recall_scorer::outputs(const laq_head_op & op, const float * values, int64_t n_embd_head_v, float * dst) {
-    wait();
-    std::vector<uint8_t>   meta;
-    const ggml_context_ptr ctx = new_context(meta);
-    ggml_context *         c   = ctx.get();
-    const tensors_in_place t(c, op);
-
-    ggml_tensor * p = laq_attention(c, t.q, t.k, t.mask, t.sinks, op.scale, op.softcap);  // [n_kv, n_q * n_group]
-    ggml_tensor * v = over(ggml_new_tensor_2d(c, GGML_TYPE_F32, op.n_kv, n_embd_head_v), values);
-
-    ggml_tensor *                 out = over(ggml_mul_mat(c, v, p), dst);
-    const ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(c, cpu.get()));
-    if (!buf) {
-        throw laq_error(LAQ_STATUS_NO_MEMORY,
-                        "no memory for the attention to archived tokens: value_fit = 0 needs none");
-    }
-    compute(cpu.get(), c, out);
 }
 
 uint64_t laq_recall_scorer::bytes() const {

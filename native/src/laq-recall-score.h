@@ -33,7 +33,13 @@ struct laq_head_op {
     float         scale;
     float         softcap;
 
-    // writes keys [i0, i1), by several threads at once; must not throw, nor change what else the op points to. Empty: they
+    // Where there are values, what the queries get from the keys as well. By the CPU alone.
+    ggml_type    type_v        = GGML_TYPE_COUNT;
+    int64_t      n_embd_head_v = 0;
+    const void * v             = nullptr;  // [n_kv][n_embd_head_v]
+    float *      outputs       = nullptr;  // [n_group][n_q][n_embd_head_v]
+
+    // writes keys and values [i0, i1), by several threads at once; must not throw, nor change what else the op points to. Empty: they
     // are there
     std::function<void(int64_t i0, int64_t i1)> fill;
 };
@@ -93,11 +99,7 @@ class laq_recall_scorer {
     void wait();
     void abandon();  // no one waits for the scores: what is not done yet need not be, what would be thrown is forgotten
 
-    // What the queries of a head get from all keys, by the CPU: dst [n_group][n_q][n_embd_head_v]; values
-    // [n_embd_head_v][n_kv]. Throws laq_error.
-    void outputs(const laq_head_op & op, const float * values, int64_t n_embd_head_v, float * dst);
-
-    // whether no device scores
+    // whether no device scores: what is started is done then
     bool on_cpu() const { return streams.empty(); }
 
     // host memory for the keys of the head that is started next

@@ -66,9 +66,9 @@ laq_recall_state::laq_recall_state(const laq_cache & laq) :
     token.resize(pos.size());
 }
 
-ggml_type laq_recall_state::key_type(const laq_cache & laq) const {
-    const ggml_type in_cache = laq.k(0)->type;
-    return type[0] == in_cache ? in_cache : GGML_TYPE_F32;
+ggml_type laq_recall_state::row_type(const laq_cache & laq, int part) const {
+    const ggml_type in_cache = laq_part_of(laq, 0, part)->type;
+    return type[part] == in_cache ? in_cache : GGML_TYPE_F32;
 }
 
 void laq_recall_state::note(const llama_ubatch & ubatch) {
@@ -178,14 +178,10 @@ static void archive_rows(laq_cache & laq, const std::vector<int32_t> & pos, cons
             const laq_cell_rows view(laq, ikv, part == 1, *first, *last + 1, r.fetched);
             // of each head, since what the archive allocated is touched first here, which takes longer than the copy
             laq_parallel(n_head, cells.size() * n, laq.n_threads(), [&](uint32_t h) {
-                std::vector<uint8_t> row(view.row_size());
+                std::vector<uint8_t> turned(view.row_size());
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    const uint8_t * src = view.at(h, cells[i]);
-                    if (!src) {
-                        view.get(h, { cells[i] }, row.data());
-                        src = row.data();
-                    }
-                    laq_convert(type, src, r.type[part], r.archive.row(pos[i], ikv, part, h), n);
+                    laq_convert(type, view.row(h, cells[i], turned.data()), r.type[part],
+                                r.archive.row(pos[i], ikv, part, h), n);
                 }
             });
             laq.stats.bytes_down += view.n_transferred ? view.n_transferred : n_head * cells.size() * view.row_size();

@@ -26,8 +26,8 @@ struct laq_recall_state {
     // throws laq_error
     explicit laq_recall_state(const laq_cache & laq);
 
-    // archived and resident keys are one set: they have the cache's type, or both become F32
-    ggml_type key_type(const laq_cache & laq) const;
+    // archived and resident K (part 0) or V are one set: they have the cache's type, or both become F32
+    ggml_type row_type(const laq_cache & laq, int part) const;
 
     // what is decoded, but for a probe
     void note(const llama_ubatch & ubatch);

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <set>
 
 uint32_t laq_reselection::n_ahead() const {
@@ -36,7 +37,6 @@ uint32_t laq_reselection::n_kept() {
     return n;
 }
 
-// Whether K (part 0) or V of a selected row is read from the archive. V that was fitted is not what it was.
 bool laq_reselection::comes_back(int part, const laq_row & row) const {
     return row.cell < 0 || (part == 1 && laq.seqs[e.seq_id].fitted && laq.recall->archive.has(row.pos));
 }
@@ -60,26 +60,27 @@ std::vector<laq_row> laq_reselection::candidates_of(uint32_t ikv, uint32_t h) co
     return res;
 }
 
-// the keys of some rows of a head
-void laq_reselection::gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h,
-                             const laq_archive_part & keys, const laq_cell_rows & cells, uint8_t * dst) const {
-    const ggml_type type     = laq.recall->key_type(laq);
-    const ggml_type archived = laq.recall->type[0];
-    const int64_t   n        = laq_n_embd_of(laq, ikv, 0);
-    const size_t    n_row    = ggml_row_size(type, n);
-    const size_t    n_there  = ggml_row_size(archived, n);
+laq_candidate_rows::laq_candidate_rows(const laq_reselection & s, uint32_t ikv, int part,
+                                       const laq_archive_part & archived, laq_host_buffer & fetched) :
+    s(s), archived(archived), cells(s.laq, ikv, part == 1, 0, s.laq.cells().used_max_p1(), fetched), part(part),
+    n(laq_n_embd_of(s.laq, ikv, part)), type_cells(laq_part_of(s.laq, ikv, part)->type),
+    type_archive(s.laq.recall->type[part]), to(s.laq.recall->row_type(s.laq, part)),
+    n_archived(ggml_row_size(type_archive, n)), n_row(ggml_row_size(to, n)) {}
 
+void laq_candidate_rows::gather(const laq_row * first, const laq_row * last, uint32_t h, uint8_t * dst) const {
+    std::vector<uint8_t> turned(cells.row_size());
     for (const laq_row *row = first, *end; row < last; dst += (end - row) * n_row, row = end) {
         end = row + 1;
-        if (row->cell >= 0) {
-            laq_convert(laq.k(ikv)->type, cells.at(h, row->cell), type, dst, n);
+        if (!s.comes_back(part, *row)) {
+            laq_convert(type_cells, cells.row(h, row->cell, turned.data()), to, dst, n);
             continue;
         }
         // what follows it in its block lies behind it
-        while (end < last && end->cell < 0 && end->pos == end[-1].pos + 1 && end->pos % laq_archive::N_BLOCK != 0) {
+        while (end < last && s.comes_back(part, *end) && end->pos == end[-1].pos + 1 &&
+               end->pos % laq_archive::N_BLOCK != 0) {
             ++end;
         }
-        laq_convert(archived, keys.row(h, row->pos, n_there), type, dst, n * (end - row));
+        laq_convert(type_archive, archived.row(h, row->pos, n_archived), to, dst, n * (end - row));
     }
 }
 
@@ -110,7 +111,7 @@ laq_head_op laq_reselection::op_of(const std::vector<laq_row> & of_head, uint32_
     const int64_t     n_group = layer.n_head / layer.n_head_kv;
 
     laq_head_op op;
-    op.type        = laq.recall->key_type(laq);
+    op.type        = laq.recall->row_type(laq, 0);
     op.n_embd_head = layer.n_embd_head_k;
     op.n_group     = n_group;
     op.n_q         = by.n_q;
@@ -171,9 +172,8 @@ laq_overlap laq_reselection::choose(uint32_t ikv, uint32_t h, const std::vector<
 }
 
 // false: a block was lost
-bool laq_reselection::fetch(uint32_t ikv, const laq_archive_part & keys) {
-    laq_archive &        archive = laq.recall->archive;
-    std::vector<uint8_t> wanted(archive.n_blocks());
+bool laq_reselection::fetch(uint32_t ikv, laq_archived_layer & archive) {
+    std::vector<uint8_t> wanted(laq.recall->archive.n_blocks());
     for (const std::vector<laq_row> & of_head : rows[ikv]) {
         for (const laq_row & row : of_head) {
             if (comes_back(1, row)) {
@@ -181,12 +181,11 @@ bool laq_reselection::fetch(uint32_t ikv, const laq_archive_part & keys) {
             }
         }
     }
-    laq_archive_part values;
-    if (!values.read(archive, ikv, 1, wanted)) {
+    if (fitted.empty() && !archive[1].read(laq.recall->archive, ikv, 1, wanted)) {
         return false;
     }
     for (int part = 0; part < 2; ++part) {
-        const laq_archive_part & from  = part == 0 ? keys : values;
+        const laq_archive_part & from  = archive[part];
         const ggml_type          type  = laq_part_of(laq, ikv, part)->type;
         const ggml_type          there = laq.recall->type[part];
         const int64_t            n     = laq_n_embd_of(laq, ikv, part);
@@ -231,52 +230,66 @@ laq_layer_queries::laq_layer_queries(const laq_cache & laq, uint32_t ikv, const 
 }
 
 // one head at a time: its keys are brought together, which are many
-void laq_reselection::score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archive_part & keys) {
-    const laq_cell_rows     cells(laq, ikv, false, 0, laq.cells().used_max_p1(), laq.recall->fetched);
-    const laq_layer_queries by(laq, ikv, obs);
+void laq_reselection::score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archived_layer & archive) {
+    laq_recall_scorer &              scorer = laq.recall->scorer;
+    const laq_candidate_rows         keys(*this, ikv, 0, archive[0], laq.recall->fetched);
+    const laq_layer_queries          by(laq, ikv, obs);
+    std::optional<laq_layer_outputs> outs;
+    if (!fitted.empty()) {
+        outs.emplace(*this, ikv, archive[1]);
+    }
     const struct waits {
         laq_recall_scorer & scorer;
         ~waits() { scorer.abandon(); }
-    } to_the_end{ laq.recall->scorer };  // what is scored beside this reads from here
+    } to_the_end{ scorer };  // what is scored beside this reads from here
+    scores[ikv].resize(of_heads.size());
     for (uint32_t h = 0; h < of_heads.size(); ++h) {
         const std::vector<laq_row> & of_head = of_heads[h];
         if (!is_masked(of_head)) {
-            laq.recall->scorer.wait();
+            scorer.wait();
             set_mask(of_head);
         }
         laq_head_op     op       = op_of(of_head, ikv, h, by);
-        const size_t    n_row    = ggml_row_size(op.type, op.n_embd_head);
-        uint8_t * const gathered = laq.recall->scorer.keys(ikv, of_head.size() * n_row);
+        uint8_t * const gathered = scorer.keys(ikv, of_head.size() * keys.row_size());
 
         op.k    = gathered;
         op.fill = [&](int64_t i0, int64_t i1) {
-            gather(of_head.data() + i0, of_head.data() + i1, ikv, h, keys, cells, gathered + i0 * n_row);
+            keys.gather(of_head.data() + i0, of_head.data() + i1, h, gathered + i0 * keys.row_size());
+            if (outs) {
+                outs->gather(of_head, h, i0, i1);
+            }
         };
         scores[ikv][h].resize(of_head.size());
-        laq.recall->scorer.start(ikv, op, scores[ikv][h].data());
+        if (outs) {
+            outs->ask(op);
+        }
+        scorer.start(ikv, op, scores[ikv][h].data());
+        if (outs) {
+            outs->take(op, h);
+        }
     }
-    laq.recall->scorer.wait();
+    scorer.wait();
+    if (outs) {
+        outs->keep();
+    }
 }
 
-bool laq_reselection::begin_layer(uint32_t ikv, laq_archive_part & keys, laq_rows_of_layer & of_heads) const {
+bool laq_reselection::begin_layer(uint32_t ikv, laq_archived_layer & archive, laq_rows_of_layer & of_heads) const {
     of_heads.resize(laq.layers[ikv].n_head_kv);
     laq_parallel(of_heads.size(), n_candidates(), laq.n_threads(),
                  [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
-    return keys.read(laq.recall->archive, ikv, 0, blocks);
+    return archive[0].read(laq.recall->archive, ikv, 0, blocks) &&
+           (fitted.empty() || archive[1].read(laq.recall->archive, ikv, 1, blocks));
 }
 
 laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {
-    laq_archive_part  keys;
-    laq_rows_of_layer of_heads;
-    if (!begin_layer(ikv, keys, of_heads)) {
+    laq_archived_layer archive;
+    laq_rows_of_layer  of_heads;
+    if (!begin_layer(ikv, archive, of_heads)) {
         return result::LOST;
     }
     const uint32_t n = of_heads.size();
-    scores[ikv].resize(n);
-    score(ikv, of_heads, keys);
-    if (!fitted.empty() && !observe(ikv, of_heads, keys)) {
-        return result::LOST;
-    }
+    score(ikv, of_heads, archive);
     rows[ikv].resize(n);
     std::vector<laq_overlap> found(n);
     laq_parallel(n, n_candidates(), laq.n_threads(), [&](uint32_t h) { found[h] = choose(ikv, h, of_heads[h]); });
@@ -291,11 +304,12 @@ laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {
         old.n_all - old.n_same < LAQ_RECALL_NEW * old.n_all) {
         return result::SAME;
     }
-    return fetch(ikv, keys) ? result::DONE : result::LOST;
+    return fetch(ikv, archive) ? result::DONE : result::LOST;
 }
 
 void laq_reselection::begin() {
     archived = laq.recall->archive.positions();
+    scores.assign(laq.layers.size(), {});
     blocks.assign(laq.recall->archive.n_blocks(), 0);
     for (const int32_t pos : archived) {
         blocks[pos / laq_archive::N_BLOCK] = 1;
@@ -323,7 +337,6 @@ laq_reselection::result laq_reselection::run() {
     old                = {};
     rows.assign(n, {});
     recalled.assign(n, {});
-    scores.assign(n, {});
     candidates.assign(n, {});
     for (uint32_t ikv = 0; ikv < n; ++ikv) {
         const result res = run_layer(ikv);

@@ -29,6 +29,9 @@ struct laq_archive_part {
     }
 };
 
+// K (part 0) and V of a layer there; V only where it is needed
+using laq_archived_layer = laq_archive_part[2];
+
 // the archived rows that come back to one layer: K and V of each head, in the cache's type and in order of position
 struct laq_recalled_layer {
     std::vector<std::vector<uint8_t>> bytes[2];
@@ -91,27 +94,73 @@ struct laq_reselection {
     // the rows that come back go to the cells that were prepared for them
     void upload(const std::vector<uint32_t> & dst) const;
 
+    // whether K (part 0) or V of a selected row is read from the archive: V that was fitted is not what it was
+    bool comes_back(int part, const laq_row & row) const;
+
   private:
     void     begin();
     uint32_t n_ahead() const;
     // at most, of one head
-    size_t n_candidates() const { return archived.size() + order.size(); }
-    // what the heads of a layer may choose from, and the archived keys; false: a block was lost
-    bool                 begin_layer(uint32_t ikv, laq_archive_part & keys, laq_rows_of_layer & of_heads) const;
-    uint32_t             n_kept();
-    bool                 comes_back(int part, const laq_row & row) const;
+    size_t   n_candidates() const { return archived.size() + order.size(); }
+    uint32_t n_kept();
+    // what the heads of a layer may choose from, and what is archived of it; false: a block was lost
+    bool                 begin_layer(uint32_t ikv, laq_archived_layer & archive, laq_rows_of_layer & of_heads) const;
     std::vector<laq_row> candidates_of(uint32_t ikv, uint32_t h) const;
-    void gather(const laq_row * first, const laq_row * last, uint32_t ikv, uint32_t h, const laq_archive_part & keys,
-                const laq_cell_rows & cells, uint8_t * dst) const;
-    bool is_masked(const std::vector<laq_row> & rows) const;
-    void set_mask(const std::vector<laq_row> & rows);
+    bool                 is_masked(const std::vector<laq_row> & rows) const;
+    void                 set_mask(const std::vector<laq_row> & rows);
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const laq_layer_queries & by) const;
     std::vector<float> remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const;
-    void               score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archive_part & keys);
-    laq_overlap        choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
-    bool               fetch(uint32_t ikv, const laq_archive_part & keys);
-    void gather_values(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h, const laq_archive_part & values,
-                       const laq_cell_rows & cells, std::vector<float> & dst) const;
-    bool observe(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archive_part & keys);
-    result run_layer(uint32_t ikv);
+    // the scores of a layer; where values are fitted, what the queries get goes to the ring
+    void        score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archived_layer & archive);
+    laq_overlap choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
+    bool        fetch(uint32_t ikv, laq_archived_layer & archive);
+    result      run_layer(uint32_t ikv);
+};
+
+// K (part 0) or V of what the heads of a layer may choose from, as it was before any fit: brought together in one type
+class laq_candidate_rows {
+  public:
+    // fetched is this one's alone
+    laq_candidate_rows(const laq_reselection & s, uint32_t ikv, int part, const laq_archive_part & archived,
+                       laq_host_buffer & fetched);
+
+    ggml_type type() const { return to; }
+
+    size_t row_size() const { return n_row; }
+
+    // rows [first, last) of a head, one after the other; by several threads at once
+    void gather(const laq_row * first, const laq_row * last, uint32_t h, uint8_t * dst) const;
+
+  private:
+    const laq_reselection &  s;
+    const laq_archive_part & archived;
+    const laq_cell_rows      cells;
+    const int                part;
+    const int64_t            n;  // values of a row
+    const ggml_type          type_cells, type_archive, to;
+    const size_t             n_archived;  // bytes of an archived row
+    const size_t             n_row;
+};
+
+// What the queries that values are fitted to get from all that the heads of a layer may choose from.
+class laq_layer_outputs {
+  public:
+    laq_layer_outputs(const laq_reselection & s, uint32_t ikv, const laq_archive_part & values);
+
+    // let the op of a head give them
+    void ask(laq_head_op & op);
+    // while the op's keys are brought together
+    void gather(const std::vector<laq_row> & of_head, uint32_t h, int64_t i0, int64_t i1);
+    // once it is done
+    void take(const laq_head_op & op, uint32_t h);
+    // to the ring
+    void keep() const;
+
+  private:
+    const laq_reselection &         s;
+    const uint32_t                  ikv;
+    const laq_candidate_rows        values;
+    std::vector<uint8_t>            of_head;  // values
+    std::vector<float>              of_op;    // [n_group][n_q][n_embd_head_v]
+    std::vector<std::vector<float>> outs;     // of each query: [n_head][n_embd_head_v]
 };
