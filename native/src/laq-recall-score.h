@@ -39,8 +39,8 @@ struct laq_head_op {
     const void * v             = nullptr;  // [n_kv][n_embd_head_v]
     float *      outputs       = nullptr;  // [n_group][n_q][n_embd_head_v]
 
-    // writes keys and values [i0, i1), by several threads at once; must not throw, nor change what else the op points to. Empty: they
-    // are there
+    // writes keys and values [i0, i1), by several threads at once; must not throw, nor change what else the op points to.
+    // Empty: they are there
     std::function<void(int64_t i0, int64_t i1)> fill;
 };
 
