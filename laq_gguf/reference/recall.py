@@ -209,7 +209,10 @@ class RecallCache(KVCache):
     ) -> None:
         if self.recall_when is not None:
             self._archive_leaving(min(n_intact, n_end))
-        if not (recall and self._reselect(n_keep, n_intact, queries, n_end)):
+        # what fits to the archive passes over it anyhow: it is not skipped, so that V starts from
+        # what it was and not from an earlier fit
+        always = self.fits_to_archive and not self._holds_archive()
+        if not (recall and self._reselect(n_keep, n_intact, queries, n_end, always)):
             if recall and int((self.layers[0].positions[0] < n_end).sum()) <= n_keep:
                 self._drop(n_end)
                 return

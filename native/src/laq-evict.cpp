@@ -190,6 +190,14 @@ static std::vector<uint8_t> owned(const laq_cache & laq, const std::vector<uint3
     return own;
 }
 
+// The re-selection of an eviction. What fits to the archive passes over it anyhow: it is not skipped, so that V starts from
+// what it was and not from an earlier fit.
+static laq_eviction recalling(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order) {
+    laq_eviction res = e;
+    res.always |= laq.fits_to_archive() && !laq_holds_archive(laq, e.seq_id, order);
+    return res;
+}
+
 bool laq_cache::choose_again(const laq_eviction & e) {
     ctx->synchronize();
     const std::vector<uint32_t> order = resident(e.seq_id);
@@ -204,13 +212,8 @@ void laq_cache::evict(const laq_eviction & e) {
     if (recall) {
         laq_archive_leaving(*this, e, order);
     }
-    if (e.recall) {
-        if (reselect(e, order, own)) {
-            return;
-        }
-        if (n_before(*this, order, e.n_end) <= e.n_keep) {
-            return;
-        }
+    if (e.recall && (reselect(recalling(*this, e, order), order, own) || n_before(*this, order, e.n_end) <= e.n_keep)) {
+        return;
     }
     const int64_t t_begin = ggml_time_us();
 
