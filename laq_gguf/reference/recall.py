@@ -183,7 +183,7 @@ class RecallCache(KVCache):
         queries = max(first, n_end - self.params.snapkv_window), n_end
         check_pinned(self.params, self.params.budget, first, n_end)
         self._archive_leaving(first)
-        return self._reselect(self._n_draft(), first, queries, n_end, probed)
+        return self._reselect(self._n_draft(), first, queries, n_end, always=probed)
 
     def _intact_in_prompt(self, n_past: int, n_keep: int) -> int:
         """The queries that values are fitted to see what every head holds."""
@@ -212,7 +212,7 @@ class RecallCache(KVCache):
         # what fits to the archive passes over it anyhow: it is not skipped, so that V starts from
         # what it was and not from an earlier fit
         always = self.fits_to_archive and not self._holds_archive()
-        if not (recall and self._reselect(n_keep, n_intact, queries, n_end, always)):
+        if not (recall and self._reselect(n_keep, n_intact, queries, n_end, always=always)):
             if recall and int((self.layers[0].positions[0] < n_end).sum()) <= n_keep:
                 self._drop(n_end)
                 return
@@ -308,7 +308,7 @@ class RecallCache(KVCache):
         return attention_outputs(weights, candidates.v)
 
     def _reselect(
-        self, n_keep: int, n_intact: int, queries: Span, n_end: int, always: bool = False
+        self, n_keep: int, n_intact: int, queries: Span, n_end: int, *, always: bool = False
     ) -> bool:
         """Every head comes to hold the best of what is archived and resident. False: nothing was
         changed, since no query is held or too little would be new and it need not be `always`."""

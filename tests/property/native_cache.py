@@ -84,11 +84,12 @@ class NativeCache(RecallCache):
             newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
             self._keep_queries(np.isin(self.query_positions, list(newest.values())))
 
-    def _reselect(self, *eviction: Any) -> bool:
+    def _reselect(self, *eviction: Any, always: bool = False) -> bool:
         if self.skips:
+            assert not always, "native skips what is never skipped"
             self.n_recalls_skipped += 1
             return False
-        return super()._reselect(*eviction)
+        return super()._reselect(*eviction, always=always)
 
     def _is_new(self, *selected: Any) -> bool:
         super()._is_new(*selected)  # near the threshold native may say otherwise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from laq_gguf.reference import PolicyParams, RecallCache
+from laq_gguf.reference import PolicyParams, RecallCache, recall
 from laq_gguf.reference.attention import causal_mask
 from laq_gguf.reference.values import attention_outputs
 from reference.made import SHAPE, check_cells, make_room, tokens
@@ -83,6 +83,18 @@ def test_values_that_were_fitted_come_back_as_they_were() -> None:
     cache.append(tokens(6, seed=5, first=cache.n_tokens))
     assert cache.choose_for_message(6)
     check_cells(cache)
+
+
+def test_an_eviction_that_fits_to_the_archive_is_not_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recall, "RECALL_NEW", 2.0)  # nothing is new enough
+    for value_fit, counts in ((0.01, (1, 0)), (0, (0, 1))):
+        cache = opened(value_fit=value_fit)
+        say(cache, 150)
+        first = cache.n_recalls, cache.n_recalls_skipped
+        say(cache, 6, seed=5)
+        assert (cache.n_recalls - first[0], cache.n_recalls_skipped - first[1]) == counts
 
 
 def read_by_probes(value_fit: float) -> RecallCache:
