@@ -170,7 +170,8 @@ class RecallCache(KVCache):
 
         Not where probes have looked for the message, and ahead of it: what they kept is more than
         its own queries know of. Where values are fitted, they come to give what all tokens give,
-        from which it is read again.
+        from which it is read again: natively all of this is done twice there, and then `prompt_end`
+        with pseudo tokens, each time those that what was fitted before gives.
 
         Raises:
             ValueError: more cells are pinned than the budget holds.

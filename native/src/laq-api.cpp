@@ -291,13 +291,14 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
             laq->seqs[seq_id].remembers = false;
             return;
         }
+        const bool probed  = laq->seqs[seq_id].remembers;
         const bool drafted = recall && laq_recall_for_message(*laq, seq_id);
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
         } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
             laq->seqs[seq_id].pending = laq_pending{ laq->n_tokens(seq_id) };
         } else {
-            laq_evict_by_pseudo(*laq, seq_id, drafted);
+            laq_evict_by_pseudo(*laq, seq_id, drafted, probed);
         }
     });
 }

@@ -213,6 +213,10 @@ uint32_t laq_policy_rounds(const laq_params & params, bool probed) {
     return params.n_recall_rounds + (params.n_recall_rounds > 0 && probed);
 }
 
+uint32_t laq_policy_lookaheads(bool probed) {
+    return probed ? 2 : 1;
+}
+
 laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt) {
     return { std::max(first, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
 }

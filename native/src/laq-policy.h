@@ -81,7 +81,11 @@ uint32_t laq_policy_reread(const laq_params & params);
 // have kept.
 uint32_t laq_policy_rounds(const laq_params & params, bool probed);
 
-// Of those, from first on, the positions whose queries select: SnapKV's window
+// Times that is looked ahead from what a message has selected. Once more where probes have read it: V was fitted to what the
+// message gets from all tokens, and then to what the first lookahead gets, from which the second one differs less.
+uint32_t laq_policy_lookaheads(bool probed);
+
+// Of the tokens that are read again, from first on, the positions whose queries select: SnapKV's window
 laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt);
 
 // Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then

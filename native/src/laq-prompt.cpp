@@ -262,20 +262,10 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
     return drafted;
 }
 
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted) {
-    const std::vector<float> logits   = last_logits(laq);
-    const int32_t            n_prompt = laq.n_tokens(seq_id);
-    const uint32_t           n_before = laq.stats.n_recalls;
-    const bool               recall   = laq.recalls(seq_id, LAQ_RECALL_TURN);
-
-    // Those that stay whole, unless they were read in view of more already. Reading more of them again would take cells
-    // from the tokens that come back.
-    std::vector<llama_token> tail;
-    if (recall && !drafted) {
-        tail = laq.recall->tail(laq, seq_id, n_prompt, laq_policy_window(laq.params));
-    }
-
-    const auto restore = [&] {
+// decode ahead, evict by that and drop it; the prompt's logits are back then, also if something failed
+static void evict_by_lookahead(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits, bool recall) {
+    const int32_t n_prompt = laq.n_tokens(seq_id);
+    const auto    restore  = [&] {
         forget_from(laq, seq_id, n_prompt);
         if (float * dst = laq.ctx->get_logits_ith(-1)) {
             std::copy(logits.begin(), logits.end(), dst);
@@ -295,6 +285,22 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted) {
         throw;
     }
     restore();
+}
+
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted, bool probed) {
+    const std::vector<float> logits   = last_logits(laq);
+    const uint32_t           n_before = laq.stats.n_recalls;
+    const bool               recall   = laq.recalls(seq_id, LAQ_RECALL_TURN);
+
+    // Those that stay whole, unless they were read in view of more already. Reading more of them again would take cells
+    // from the tokens that come back.
+    std::vector<llama_token> tail;
+    if (recall && !drafted) {
+        tail = laq.recall->tail(laq, seq_id, laq.n_tokens(seq_id), laq_policy_window(laq.params));
+    }
+    for (uint32_t i = 0; i < laq_policy_lookaheads(drafted && probed); ++i) {
+        evict_by_lookahead(laq, seq_id, logits, recall);
+    }
     if (laq.stats.n_recalls > n_before) {
         read_again(laq, seq_id, tail);
     }

@@ -9,9 +9,10 @@ struct laq_cache;
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens);
 
 // The paper's lookahead pass (arXiv 2505.20334, section 3): decode n_lookahead greedy tokens, evict by their queries,
-// drop them, and put the prompt's last logits back. With an archive the last tokens are then read again, unless they were
-// `drafted`. Throws laq_error; the cache then holds the whole prompt still.
-void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted);
+// drop them, and put the prompt's last logits back; twice for a message that probes have read and that was `drafted`. With
+// an archive the last tokens are then read again, unless they were drafted. Throws laq_error; the cache and the archive
+// then hold the whole prompt still.
+void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted, bool probed);
 
 // A message was read while what it looks at may not have been there, and so was the answer before it: n_recall_rounds
 // times, the last tokens select by their own queries what is looked ahead from, and both are read again. Returns whether

@@ -134,6 +134,19 @@ def test_a_message_that_probes_have_looked_for_chooses_where_values_are_fitted(
     assert stats.n_reread == n_rounds * SETTINGS["kv_budget"] // 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "n_recalls"), [({}, 2 + 2), ({"recall_rounds": 0}, 1), ({"value_fit": 0}, 1)]
+)
+def test_a_message_that_probes_have_looked_for_is_looked_ahead_from_twice(
+    tiny_gguf: Callable[..., Path], settings: dict[str, Any], n_recalls: int
+) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **SETTINGS, **settings)
+    llm.eval(tokens_of(400, seed=1))
+    stats = llm.kv_stats()
+    assert stats.n_recalls + stats.n_recalls_skipped == n_recalls
+    assert stats.n_tokens == 400 and stats.n_resident == SETTINGS["kv_budget"]
+
+
 def test_values_are_fitted_while_a_prompt_is_read(tiny_gguf: Callable[..., Path]) -> None:
     from laq_gguf import _lib
     from property.native_cache import Rows
