@@ -212,12 +212,12 @@ class RecallCache(KVCache):
             self._archive_leaving(min(n_intact, n_end))
         # what fits to the archive passes over it anyhow: it is not skipped, so that V starts from
         # what it was and not from an earlier fit
-        always = self.fits_to_archive and not self._holds_archive()
-        if not (recall and self._reselect(n_keep, n_intact, queries, n_end, always=always)):
+        eviction = n_keep, n_intact, queries, n_end
+        if not (recall and self._reselect(*eviction, always=self._observes_archive())):
             if recall and int((self.layers[0].positions[0] < n_end).sum()) <= n_keep:
                 self._drop(n_end)
                 return
-            super()._evict(n_keep, n_intact, queries, n_end, by_probe)
+            super()._evict(*eviction, by_probe)
 
     def _drop(self, n_end: int) -> None:
         """Tokens from n_end on were decoded ahead; nothing else changes."""
@@ -281,20 +281,22 @@ class RecallCache(KVCache):
             return super()._fitted_to(used, n_intact, n_end, by_probe)
         if by_probe:
             used = (self.query_positions >= n_intact) & (self.query_positions < n_end)
-        if self._holds_archive():
-            return super()._fitted_to(used, n_intact, n_end, False)
-        return last_queries(used)
+        if self._observes_archive():
+            return last_queries(used)
+        return super()._fitted_to(used, n_intact, n_end, False)
 
     def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        if not self.fits_to_archive or self._holds_archive():
-            return super()._outputs(il, used)
-        return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
+        if self._observes_archive():
+            return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
+        return super()._outputs(il, used)
 
-    def _holds_archive(self) -> bool:
-        """Whether every head holds all that is archived: what queries get from the cells is what
-        they get from all tokens then."""
+    def _observes_archive(self) -> bool:
+        """Whether values are fitted to the archive and not every head holds all of it: otherwise
+        what queries get from the cells is what they get from all tokens."""
         rows = [row for layer in self.layers for row in layer.positions]
-        return all(np.isin(self.archive.positions, row).all() for row in rows)
+        return self.fits_to_archive and not all(
+            np.isin(self.archive.positions, row).all() for row in rows
+        )
 
     def _all_positions(self) -> npt.NDArray[np.int32]:
         parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]

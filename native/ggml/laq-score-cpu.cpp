@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -180,16 +181,23 @@ void dot_block(const float * const * k, const float * qt, int64_t n_embd, int64_
     }
 }
 
-void dot_tile(const float * const * k, const score_shape & s, const float * qt, float * out) {
+// fn(number of vectors, first row) for all rows: as many vectors at once as sums are held in registers
+template <typename F> void each_block(int64_t n_lanes, F fn) {
     constexpr int64_t N = N_BLOCK * N_LANE;
+    int64_t           r = 0;
+    for (; r + N <= n_lanes; r += N) {
+        fn(std::integral_constant<int64_t, N_BLOCK>(), r);
+    }
+    for (; r < n_lanes; r += N_LANE) {
+        fn(std::integral_constant<int64_t, 1>(), r);
+    }
+}
+
+void dot_tile(const float * const * k, const score_shape & s, const float * qt, float * out) {
     for (int64_t t = 0; t < N_TILE; t += N_KEYS) {
-        int64_t r = 0;
-        for (; r + N <= s.n_lanes; r += N) {
-            dot_block<N_BLOCK>(k + t, qt + r, s.n_embd, s.n_lanes, out + t * s.n_lanes + r);
-        }
-        for (; r < s.n_lanes; r += N_LANE) {
-            dot_block<1>(k + t, qt + r, s.n_embd, s.n_lanes, out + t * s.n_lanes + r);
-        }
+        each_block(s.n_lanes, [&](auto n, int64_t r) {
+            dot_block<decltype(n)::value>(k + t, qt + r, s.n_embd, s.n_lanes, out + t * s.n_lanes + r);
+        });
     }
 }
 
@@ -376,15 +384,10 @@ void add_tile(const ggml_tensor * v, const score_shape & s, int64_t g, int64_t i
             std::copy(row, row + s.n_embd_v, dst);
         }
     }
-    constexpr int64_t N = N_BLOCK * N_LANE;
     for (int64_t c = 0; c < s.n_embd_v; c += N_KEYS) {
-        int64_t r = 0;
-        for (; r + N <= s.n_lanes; r += N) {
-            add_block<N_BLOCK>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
-        }
-        for (; r < s.n_lanes; r += N_LANE) {
-            add_block<1>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
-        }
+        each_block(s.n_lanes, [&](auto nb, int64_t r) {
+            add_block<decltype(nb)::value>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
+        });
     }
 }
 

@@ -292,7 +292,7 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
             return;
         }
         const bool probed  = laq->seqs[seq_id].remembers;
-        const bool drafted = recall && laq_recall_for_message(*laq, seq_id);
+        const bool drafted = recall && laq_recall_for_message(*laq, seq_id, probed);
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
         } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {

@@ -269,6 +269,9 @@ struct laq_cache {
     // the archive, is what scores it. Otherwise to what they got from the cells.
     bool fits_to_archive() const;
 
+    // whether the archive has to be looked at for that: the cells of order do not hold all of it
+    bool observes_archive(int32_t seq_id, const std::vector<uint32_t> & order) const;
+
     // down to n_keep with the queries of the last tokens
     void evict_to(int32_t seq_id, uint32_t n_keep, bool recall = false);
 

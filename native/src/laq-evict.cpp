@@ -126,8 +126,12 @@ bool laq_cache::fits_to_archive() const {
     return recall && laq_policy_fits(params) && recall->archive.can_hold() && recall->scorer.on_cpu();
 }
 
+bool laq_cache::observes_archive(int32_t seq_id, const std::vector<uint32_t> & order) const {
+    return fits_to_archive() && !laq_holds_archive(*this, seq_id, order);
+}
+
 std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
-    if (fits_to_archive() && !laq_holds_archive(*this, e.seq_id, order)) {
+    if (observes_archive(e.seq_id, order)) {
         const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e));
         if (!res.empty()) {
             observe_archive(e, order, res);
@@ -194,7 +198,7 @@ static std::vector<uint8_t> owned(const laq_cache & laq, const std::vector<uint3
 // what it was and not from an earlier fit.
 static laq_eviction recalling(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order) {
     laq_eviction res = e;
-    res.always |= laq.fits_to_archive() && !laq_holds_archive(laq, e.seq_id, order);
+    res.always |= laq.observes_archive(e.seq_id, order);
     return res;
 }
 

@@ -229,10 +229,9 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
     laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
 }
 
-bool laq_recall_for_message(laq_cache & laq, int32_t seq_id) {
+bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
     // Probes have looked for this message, and ahead of it: what they kept is more than its own queries know of. Where
     // values are fitted, they come to give what all tokens give, from which it is read again.
-    const bool probed = laq.seqs[seq_id].remembers;
     if (probed && !laq.fits_to_archive()) {
         return false;
     }

@@ -15,6 +15,6 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
 void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted, bool probed);
 
 // A message was read while what it looks at may not have been there, and so was the answer before it: n_recall_rounds
-// times, the last tokens select by their own queries what is looked ahead from, and both are read again. Returns whether
-// anything came back. Throws laq_error.
-bool laq_recall_for_message(laq_cache & laq, int32_t seq_id);
+// times, once more where probes have read it, the last tokens select by their own queries what is looked ahead from, and
+// both are read again. Returns whether anything came back. Throws laq_error.
+bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed);

@@ -171,9 +171,9 @@ laq_overlap laq_reselection::choose(uint32_t ikv, uint32_t h, const std::vector<
     return { n_same, kept.size() };
 }
 
-// false: a block was lost
-bool laq_reselection::fetch(uint32_t ikv, laq_archived_layer & archive) {
-    std::vector<uint8_t> wanted(laq.recall->archive.n_blocks());
+// 1 = of the archive's blocks, one that V of a selected row is read from
+std::vector<uint8_t> laq_reselection::blocks_of_values(uint32_t ikv) const {
+    std::vector<uint8_t> wanted(blocks.size());
     for (const std::vector<laq_row> & of_head : rows[ikv]) {
         for (const laq_row & row : of_head) {
             if (comes_back(1, row)) {
@@ -181,7 +181,13 @@ bool laq_reselection::fetch(uint32_t ikv, laq_archived_layer & archive) {
             }
         }
     }
-    if (fitted.empty() && !archive[1].read(laq.recall->archive, ikv, 1, wanted)) {
+    return wanted;
+}
+
+// false: a block was lost
+bool laq_reselection::fetch(uint32_t ikv, laq_archived_layer & archive) {
+    // where values are fitted, they have been read
+    if (fitted.empty() && !archive[1].read(laq.recall->archive, ikv, 1, blocks_of_values(ikv))) {
         return false;
     }
     for (int part = 0; part < 2; ++part) {

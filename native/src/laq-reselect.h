@@ -111,10 +111,11 @@ struct laq_reselection {
     laq_head_op op_of(const std::vector<laq_row> & rows, uint32_t ikv, uint32_t h, const laq_layer_queries & by) const;
     std::vector<float> remembered(const std::vector<laq_row> & of_head, uint32_t ikv, uint32_t h) const;
     // the scores of a layer; where values are fitted, what the queries get goes to the ring
-    void        score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archived_layer & archive);
-    laq_overlap choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
-    bool        fetch(uint32_t ikv, laq_archived_layer & archive);
-    result      run_layer(uint32_t ikv);
+    void                 score(uint32_t ikv, const laq_rows_of_layer & of_heads, const laq_archived_layer & archive);
+    laq_overlap          choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head);
+    std::vector<uint8_t> blocks_of_values(uint32_t ikv) const;
+    bool                 fetch(uint32_t ikv, laq_archived_layer & archive);
+    result               run_layer(uint32_t ikv);
 };
 
 // K (part 0) or V of what the heads of a layer may choose from, as it was before any fit: brought together in one type

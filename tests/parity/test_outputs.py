@@ -12,6 +12,7 @@ import pytest
 
 import cases
 from laq_gguf.reference.attention import attention_weights
+from laq_gguf.reference.values import attention_outputs
 from parity.rows import encode, ggml_type
 from tolerances import SCORE_NMSE, assert_nmse
 
@@ -102,7 +103,7 @@ def test_outputs(ggml, case, type_v, d_v) -> None:
     v_bytes, v = by_head(values.astype(np.float32), type_v)
     options = {"scale": case.scale, "mask": inputs.mask, "softcap": case.softcap}
     weights = attention_weights(inputs.q, k, sinks=inputs.sinks, **options)
-    outputs = np.einsum("hgqk,khd->hgqd", weights, v)
+    outputs = attention_outputs(weights, v.swapaxes(0, 1))
 
     def floats(array, *ne):
         return array is not None and (0, ne, np.ascontiguousarray(array, np.float32).tobytes())
