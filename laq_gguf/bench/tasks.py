@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from pathlib import Path
 from laq_gguf.bench import longbench
 from laq_gguf.bench.metrics import METRICS
 from laq_gguf.bench.needles import needle_prompts, sentences, spread_order
+
+# the chat template and the beginning of the reply take part of a length
+N_TEMPLATE = 96
+PAIRS_FILE = "kv_retrieval_75"
 
 # the reply's beginning to a question for a value: the lookahead sees the value, not these words
 PAIRS_PREFIX = 'The value corresponding to the specified key is "'
@@ -83,6 +88,8 @@ TASKS: dict[str, Task] = {
     "qa_2": _ruler(32, "ruler qa", "any_found"),
     # Lost in the Middle (arXiv 2307.03172): the value of one key of a JSON object
     "kv_retrieval_75": Task("pairs", 40, "share_found", "key-value", has_length=False),
+    # of the same pairs, as many as a prompt of --lengths has room for
+    "kv_retrieval": Task("pairs", 40, "share_found", "key-value"),
     **{name: Task("longbench", 0, metric, "longbench") for name, metric in longbench.TASKS.items()},
     "perplexity": Task("text", 0, "", "perplexity"),
 }
@@ -151,12 +158,15 @@ def load_examples(
     task = TASKS[name]
     if task.source == "needles":
         n = n_needles if limit is None else min(limit, n_needles)
-        # the chat template and the beginning of the reply take part of the length
         hay = None if text is None else sentences(read_text(text))
-        records = needle_prompts(n, length - 96, count_tokens, hay=hay)
+        records = needle_prompts(n, length - N_TEMPLATE, count_tokens, hay=hay)
         records = [{**records[i], "index": i} for i in spread_order(n)]
     elif task.source == "pairs":
-        records = _read_pairs(name, data)[:limit]
+        records = _read_pairs(name, data)
+        if task.has_length:
+            n_tokens, n = length - N_TEMPLATE, len(records[:limit])
+            records = [pairs_of_length(records, i, n_tokens, count_tokens) for i in range(n)]
+        records = [prompt_of_pairs(record) for record in records[:limit]]
     elif task.source == "longbench":
         records = longbench.read_longbench(name, _folder(name, data))[:limit]
     else:
@@ -223,19 +233,49 @@ def _read_ruler(name: str, data: Path | None, length: int) -> list[dict]:
 
 
 def _read_pairs(name: str, data: Path | None) -> list[dict]:
-    path = _folder(name, data) / "ruler" / f"{name}.jsonl"
+    path = _folder(name, data) / "ruler" / f"{PAIRS_FILE}.jsonl"
     if not path.is_file():
         raise ValueError(f"no ruler/{path.name} in --data")
-    records = read_lines(path, {"ordered_kv_records", "key", "value"})
-    return [pairs_prompt(r["ordered_kv_records"], r["key"], r["value"]) for r in records]
+    return read_lines(path, {"ordered_kv_records", "key", "value"})
 
 
-def pairs_prompt(pairs: Sequence[tuple[str, str]], key: str, value: str) -> dict[str, object]:
+def pairs_of_length(
+    records: Sequence[dict], at: int, n_tokens: int, count_tokens: Callable[[str], int]
+) -> dict:
+    """The record at an index with as many pairs as a prompt of `n_tokens` tokens holds: more come
+    from the records after it, and the pair that is asked for stays at its depth.
+
+    Raises:
+        ValueError: not even two pairs fit, or all records together do not fill the length.
+    """
+    key, value = records[at]["key"], records[at]["value"]
+    depth = float(str(prompt_of_pairs(records[at])["depth"]))
+    pool = [pair for r in [*records[at:], *records[:at]] for pair in r["ordered_kv_records"]]
+    others = [pair for pair in pool if pair[0] != key]
+
+    def record(n_others: int) -> dict:
+        i = int(depth * (n_others + 1))
+        pairs = [*others[:i], (key, value), *others[i:n_others]]
+        return {"ordered_kv_records": pairs, "key": key, "value": value}
+
+    def n_needed(n_others: int) -> int:
+        return count_tokens(str(prompt_of_pairs(record(n_others))["input"]))
+
+    n = bisect.bisect_right(range(len(others) + 1), n_tokens, key=n_needed) - 1
+    if n < 1:
+        raise ValueError(f"two pairs need more than {n_tokens} tokens: raise --lengths")
+    if n == len(others):
+        raise ValueError(f"{PAIRS_FILE}.jsonl has no {n_tokens} tokens: lower --lengths")
+    return record(n)
+
+
+def prompt_of_pairs(record: dict) -> dict[str, object]:
     """A record as RULER has them: the value of `key` is asked, out of a JSON object of all pairs.
 
     Raises:
         ValueError: the pair is not among them.
     """
+    pairs, key, value = record["ordered_kv_records"], record["key"], record["value"]
     keys = [k for k, _ in pairs]
     if key not in keys or pairs[keys.index(key)][1] != value:
         raise ValueError(f"the pair of the key {key!r} is not among ordered_kv_records")

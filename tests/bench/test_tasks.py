@@ -14,8 +14,8 @@ from laq_gguf.bench.tasks import (
     TASKS,
     load_examples,
     long_text,
-    pairs_prompt,
     parse_tasks,
+    prompt_of_pairs,
     task_lengths,
 )
 
@@ -107,7 +107,43 @@ def test_kv_retrieval_errors(tmp_path: Path) -> None:
         load("kv_retrieval_75", tmp_path)
     for key, value in (("z", "v1"), ("a1", "v2")):
         with pytest.raises(ValueError, match="is not among ordered_kv_records"):
-            pairs_prompt([("a1", "v1"), ("b2", "v2")], key, value)
+            prompt_of_pairs(
+                {"ordered_kv_records": [("a1", "v1"), ("b2", "v2")], "key": key, "value": value}
+            )
+
+
+def test_kv_retrieval_of_a_length_has_as_many_pairs_as_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "ruler"
+    folder.mkdir()
+    records = [
+        {
+            "ordered_kv_records": [[f"key{i}{j}", f"value{i}{j}"] for j in range(4)],
+            "key": f"key{i}{i}",
+            "value": f"value{i}{i}",
+        }
+        for i in range(4)
+    ]
+    path = folder / "kv_retrieval_75.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    # 17 words around the pairs, and two for each
+    assert count_words(str(prompt_of_pairs(records[0])["input"])) == 17 + 4 * 2
+
+    for n in (2, 3, 9, 15):
+        examples = load("kv_retrieval", tmp_path, length=96 + 17 + 2 * n + 1)
+        for i, example in enumerate(examples):
+            text = example.message
+            pairs = json.loads(text[text.index("{") : text.index("}") + 1])
+            assert len(pairs) == n
+            assert pairs[f"key{i}{i}"] == example.outputs[0] == f"value{i}{i}"
+            at = list(pairs).index(f"key{i}{i}")
+            assert abs((at + 0.5) / n - (i + 0.5) / 4) <= 0.5 / n + 1e-4
+            assert example.length == 96 + 17 + 2 * n + 1
+        assert len({example.message for example in examples}) == 4
+
+    with pytest.raises(ValueError, match="two pairs need more than 20 tokens: raise --lengths"):
+        load("kv_retrieval", tmp_path, length=96 + 20)
+    with pytest.raises(ValueError, match="has no 49 tokens: lower --lengths"):
+        load("kv_retrieval", tmp_path, length=96 + 49)
 
 
 def test_tasks_may_have_lengths_of_their_own() -> None:
