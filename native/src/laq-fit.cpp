@@ -248,19 +248,14 @@ static void set_inputs(const laq_cache & laq, const laq_eviction & e, const std:
                        const std::vector<uint32_t> & dst, const fit_graph & fg) {
     const int64_t         n = fg.cells->ne[0];
     std::vector<uint32_t> cells(dst);
-    std::vector<int32_t>  slots;
-    std::vector<float>    mask;
-    cells.resize(n, dst.back());
-    for (const laq_observation & o : obs) {
-        slots.push_back(o.slot);
-        for (const uint32_t cell : dst) {
-            mask.push_back(laq.cells().pos_get(cell) <= o.pos ? 0.0f : -INFINITY);
-        }
-        mask.resize(slots.size() * n, -INFINITY);
+    std::vector<int32_t>  pos;
+    for (const uint32_t cell : dst) {
+        pos.push_back(laq.cells().pos_get(cell));
     }
-    ggml_backend_tensor_set(fg.slots, slots.data(), 0, ggml_nbytes(fg.slots));
+    cells.resize(n, dst.back());
+    pos.resize(n, INT32_MAX);
     ggml_backend_tensor_set(fg.cells, cells.data(), 0, ggml_nbytes(fg.cells));
-    ggml_backend_tensor_set(fg.mask, mask.data(), 0, ggml_nbytes(fg.mask));
+    laq_set_observed(fg.slots, fg.mask, obs, pos);
     for (uint32_t ikv = 0; ikv < fg.free.size(); ++ikv) {
         const std::vector<float> free = free_of_layer(laq, e, ikv, dst, n);
         ggml_backend_tensor_set(fg.free[ikv], free.data(), 0, ggml_nbytes(fg.free[ikv]));

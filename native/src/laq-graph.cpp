@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <set>
 
 //
@@ -275,26 +276,28 @@ std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_e
     return res;
 }
 
-static void set_score_inputs(const laq_cache & laq, int32_t seq_id, const score_graph & sg,
-                             const std::vector<laq_observation> & obs) {
-    const int64_t n_kv = sg.mask->ne[0];
+void laq_set_observed(ggml_tensor * slots, ggml_tensor * mask, const std::vector<laq_observation> & obs,
+                      const std::vector<int32_t> & pos) {
+    std::vector<int32_t> all_slots;
+    std::vector<float>   visible;
+    for (const laq_observation & o : obs) {
+        all_slots.push_back(o.slot);
+        std::transform(pos.begin(), pos.end(), std::back_inserter(visible),
+                       [&](int32_t p) { return p <= o.pos ? 0.0f : -INFINITY; });
+    }
+    ggml_backend_tensor_set(slots, all_slots.data(), 0, ggml_nbytes(slots));
+    ggml_backend_tensor_set(mask, visible.data(), 0, ggml_nbytes(mask));
+}
 
-    // a query sees its sequence up to its own position
-    std::vector<int32_t> pos(n_kv, INT32_MAX);
-    for (int64_t i = 0; i < n_kv; ++i) {
+// Positions of the first n cells, as far as they are of a sequence.
+static std::vector<int32_t> positions_of(const laq_cache & laq, int32_t seq_id, int64_t n) {
+    std::vector<int32_t> pos(n, INT32_MAX);
+    for (int64_t i = 0; i < n; ++i) {
         if (!laq.cells().is_empty(i) && laq.cells().seq_has(i, seq_id)) {
             pos[i] = laq.cells().pos_get(i);
         }
     }
-    std::vector<int32_t> slots;
-    std::vector<float>   mask(n_kv * obs.size());
-    for (const laq_observation & o : obs) {
-        std::transform(pos.begin(), pos.end(), mask.begin() + slots.size() * n_kv,
-                       [&](int32_t p) { return p <= o.pos ? 0.0f : -INFINITY; });
-        slots.push_back(o.slot);
-    }
-    ggml_backend_tensor_set(sg.slots, slots.data(), 0, ggml_nbytes(sg.slots));
-    ggml_backend_tensor_set(sg.mask, mask.data(), 0, ggml_nbytes(sg.mask));
+    return pos;
 }
 
 laq_scores laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> & order) {
@@ -309,7 +312,7 @@ laq_scores laq_cache::score(const laq_eviction & e, const std::vector<uint32_t> 
     if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the score graph: use a smaller window_size");
     }
-    set_score_inputs(*this, e.seq_id, sg, obs);
+    laq_set_observed(sg.slots, sg.mask, obs, positions_of(*this, e.seq_id, sg.mask->ne[0]));
     if (ctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
         throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph was aborted or failed");
     }

@@ -5,9 +5,12 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 struct laq_layer;
+struct laq_observation;
 
 // the device of a buffer; the CPU's buffer type names none
 ggml_backend_dev_t laq_device_of(ggml_backend_buffer_t buffer);
@@ -21,6 +24,11 @@ void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_
 
 // the queries in the ring of a layer, or the outputs: F16 [n_row, n_slots]
 ggml_tensor * laq_ring_view(ggml_context * ctx, const laq_layer & layer, bool outputs);
+
+// Slots of observed queries in the ring, and what they see of keys: none after their own position. pos = positions of
+// the keys, INT32_MAX where a cell has none; mask: F32 [keys, queries].
+void laq_set_observed(ggml_tensor * slots, ggml_tensor * mask, const std::vector<laq_observation> & obs,
+                      const std::vector<int32_t> & pos);
 
 // in words: whether a device has the fused kernel for keys of a type and a head size
 std::string laq_what_has(ggml_backend_dev_t dev, bool supported, ggml_type type_k, int64_t n_embd_head);
