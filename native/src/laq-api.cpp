@@ -289,9 +289,10 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
         const bool fits   = laq->n_resident(seq_id) <= laq->params.n_kv_budget;
         if (laq->params.policy == LAQ_POLICY_FULL || (fits && !recall)) {
             laq->seqs[seq_id].remembers = false;
+            laq->seqs[seq_id].in_parts  = false;
             return;
         }
-        const bool probed  = laq->seqs[seq_id].remembers;
+        const bool probed  = laq->seqs[seq_id].remembers || laq->seqs[seq_id].in_parts;
         const bool drafted = recall && laq_recall_for_message(*laq, seq_id, probed);
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
@@ -300,6 +301,7 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
         } else {
             laq_evict_by_pseudo(*laq, seq_id, drafted, probed);
         }
+        laq->seqs[seq_id].in_parts = false;
     });
 }
 

@@ -335,6 +335,7 @@ void laq_cache::reset(int32_t seq_id) {
     laq_seq & seq = seqs[seq_id];
     seq.n_intact  = 0;
     seq.n_settled = 0;
+    seq.in_parts  = false;
     seq.pending   = std::nullopt;
     seq.remembers = false;
     seq.fitted    = false;

@@ -81,6 +81,7 @@ struct laq_seq {
     std::vector<laq_span>      pinned;
     laq_ring                   ring;
     bool                       remembers = false;  // the last eviction was by a probe of the prompt that is being read
+    bool                       in_parts  = false;  // the prompt that is being read did not fit: it is read twice
     bool                       fitted    = false;  // V of what is below n_intact may not be what the archive has of it
 };
 
@@ -122,13 +123,14 @@ struct laq_scores {
 // what one eviction does
 struct laq_eviction {
     int32_t         seq_id;
-    uint32_t        n_keep;          // tokens per layer and KV head
-    laq_query_range queries;         // positions whose captured queries score
-    bool            scratch;         // they are in the scratch ring
-    int32_t         n_intact;        // positions from here on are kept whole
-    int32_t         n_end;           // tokens from here on are dropped
-    bool            recall = false;  // archived tokens may come back
-    bool            always = false;  // also where hardly anything would be new
+    uint32_t        n_keep;                    // tokens per layer and KV head
+    laq_query_range queries;                   // positions whose captured queries score
+    bool            scratch;                   // they are in the scratch ring
+    int32_t         n_intact;                  // positions from here on are kept whole
+    int32_t         n_end;                     // tokens from here on are dropped
+    bool            recall = false;            // archived tokens may come back
+    bool            always = false;            // also where hardly anything would be new
+    uint32_t        n_fit  = LAQ_FIT_QUERIES;  // values are fitted to the last ones of the queries, at most so many
 };
 
 // a captured query and where it is
@@ -141,7 +143,7 @@ struct laq_observation {
 std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_eviction & e);
 
 // the last ones of many: what a fit costs grows with their square
-std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs);
+std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, uint32_t n_fit);
 
 // what a token scores now, mean over the queries, with what it scored when a probe last looked
 inline float laq_joined(float now, float before) {

@@ -117,8 +117,8 @@ static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & or
     return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
 }
 
-std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs) {
-    obs.erase(obs.begin(), obs.end() - std::min<size_t>(obs.size(), LAQ_FIT_QUERIES));
+std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, uint32_t n_fit) {
+    obs.erase(obs.begin(), obs.end() - std::min<size_t>(obs.size(), n_fit));
     return obs;
 }
 
@@ -132,7 +132,7 @@ bool laq_cache::observes_archive(int32_t seq_id, const std::vector<uint32_t> & o
 
 std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
     if (observes_archive(e.seq_id, order)) {
-        const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e));
+        const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e), e.n_fit);
         if (!res.empty()) {
             observe_archive(e, order, res);
         }
@@ -143,7 +143,7 @@ std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const 
     res.erase(std::remove_if(res.begin(), res.end(),
                              [&](const laq_observation & o) { return o.pos < seqs[e.seq_id].n_settled; }),
               res.end());
-    return laq_last_fitted(std::move(res));
+    return laq_last_fitted(std::move(res), e.n_fit);
 }
 
 // what is kept, and what was decoded ahead with it where that is asked for

@@ -216,9 +216,11 @@ static fit_graph build_fit_graph(laq_cache & laq, llm_graph_result & res, int64_
 }
 
 void laq_graph_reserve_fit(laq_cache & laq) {
-    const size_t       n_q = std::min<size_t>(laq.seqs[0].ring.pos.size(), LAQ_FIT_QUERIES);
-    llm_graph_result * res = laq.ctx->get_gf_res_reserve();
-    const fit_graph    fg  = build_fit_graph(laq, *res, laq.n_cells(), laq.n_cells(), n_q);
+    // with an archive, to all queries of a part that is read twice
+    const size_t       n_ring = laq.seqs[0].ring.pos.size();
+    const size_t       n_q    = laq.recall ? n_ring : std::min<size_t>(n_ring, LAQ_FIT_QUERIES);
+    llm_graph_result * res    = laq.ctx->get_gf_res_reserve();
+    const fit_graph    fg     = build_fit_graph(laq, *res, laq.n_cells(), laq.n_cells(), n_q);
     if (!ggml_backend_sched_reserve(laq.ctx->get_sched(), fg.gf)) {
         throw laq_error(LAQ_STATUS_NO_MEMORY, "no memory for the fit of values: use value_fit = 0");
     }

@@ -144,11 +144,93 @@ static void make_room_for(laq_cache & laq, int32_t seq_id, const llama_token * t
     }
 }
 
+// The prompt's last tokens were read while what they look at was not there: they are read again.
+static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_token> & tail) {
+    const int32_t n_prompt = laq.n_tokens(seq_id);
+    const int32_t n        = tail.size();
+    if (n == 0) {
+        return;
+    }
+    const int64_t t0 = ggml_time_us();
+    forget_from(laq, seq_id, n_prompt - n);
+    for (int32_t i = 0, n_now; i < n; i += n_now) {
+        n_now = std::min<int32_t>(n - i, laq.ctx->n_batch());
+        decode(laq, seq_id, tail.data() + i, n_now);
+    }
+    laq.ctx->synchronize();
+    laq.stats.n_reread += n;
+    laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
+}
+
+//
+// a prompt that is read twice, in parts that have all their queries in the ring
+//
+// The first reading brings the queries of a part. They choose from all tokens, and values are fitted until these queries
+// get what they would get from all of them. The second reading then is nearly what it would be in view of the whole
+// prompt, and nothing needs to be known of the question: no probes.
+//
+
+static uint32_t n_room_of(const laq_cache & laq, int32_t seq_id) {
+    return laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
+}
+
+// Tokens of a part, 0: none is read twice. A head holds a part whole, and three times as many others at least.
+static uint32_t n_part_of(const laq_cache & laq, int32_t seq_id) {
+    if (laq.params.n_recall_rounds == 0 || laq.params.recall < LAQ_RECALL_TURN || !laq.fits_to_archive() ||
+        seq_id != 0) {
+        return 0;
+    }
+    laq_params p  = laq.params_of(seq_id);
+    p.n_kv_budget = n_room_of(laq, seq_id);
+    p.n_reread    = std::min<size_t>(laq.params.n_chunk, laq.seqs[seq_id].ring.pos.size());
+    return laq_policy_reread(p);
+}
+
+// the last part, and room for the next one
+static void read_part_again(laq_cache & laq, int32_t seq_id, uint32_t n_part) {
+    const std::vector<uint32_t> order = laq.resident(seq_id);
+    if (!laq.observes_archive(seq_id, order)) {
+        return;  // it was read in view of all there is
+    }
+    const int32_t                  n_past = laq.n_tokens(seq_id);
+    const std::vector<llama_token> tail   = laq.recall->tail(laq, seq_id, n_past, n_part);
+    const int32_t                  first  = n_past - (int32_t) tail.size();
+    const uint32_t                 n_room = laq_policy_draft(laq.params, n_room_of(laq, seq_id));
+    const uint32_t                 n_keep = std::max(laq.params.n_kv_budget, n_room - std::min(n_room, n_part));
+
+    laq_eviction e = { seq_id, n_keep, { first, n_past }, false, first, n_past, true, true };
+    e.n_fit        = n_part;
+    bool is_new    = false;
+    laq.run_update([&] { is_new = laq.choose_again(e); });
+    if (is_new) {
+        read_again(laq, seq_id, tail);
+    }
+}
+
+// the next part, or as many tokens as there are cells for before anything goes
+static laq_chunk plan_part(const laq_cache & laq, int32_t seq_id, uint32_t n_tokens, uint32_t n_part) {
+    const uint32_t n_ahead = laq_policy_ahead(laq.params);
+    const uint32_t n_cells = laq.n_cells() - std::min(laq.n_cells(), n_ahead);
+    const uint32_t n_free  = n_cells - std::min(n_cells, laq.n_used());
+    const bool     is_all  = !laq.observes_archive(seq_id, laq.resident(seq_id));
+    laq_params     p       = laq.params_of(seq_id);
+
+    p.policy  = LAQ_POLICY_SNAPKV;  // no probe
+    p.n_chunk = is_all && n_free > n_part ? std::min(p.n_chunk, n_free) : n_part;
+    return laq_plan_chunk(&p, n_cells, laq.n_used(), laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
+}
+
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens) {
-    const laq_params p    = laq.params_of(seq_id);
-    const auto       plan = [&] {
-        return laq_plan_chunk(&p, laq.n_cells(), laq.n_used(), laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
+    const laq_params p      = laq.params_of(seq_id);
+    const uint32_t   n_part = n_part_of(laq, seq_id);
+    const auto       plan   = [&] {
+        return n_part > 0 ? plan_part(laq, seq_id, n_tokens, n_part)
+                          : laq_plan_chunk(&p, laq.n_cells(), laq.n_used(), laq.n_resident(seq_id), n_tokens,
+                                           laq.ctx->n_batch());
     };
+    if (n_part > 0 && laq.seqs[seq_id].in_parts) {
+        read_part_again(laq, seq_id, n_part);
+    }
     laq_chunk chunk = plan();
     if (chunk.n_tokens == 0 && p.policy != LAQ_POLICY_FULL && laq.n_resident(seq_id) > p.n_kv_budget) {
         // no cells for a probe: as if the tokens had been generated
@@ -170,6 +252,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
         laq.seqs[seq_id].pending = pending;
         throw;
     }
+    laq.seqs[seq_id].in_parts |= n_part > 0 && chunk.n_tokens < n_tokens;
     return chunk.n_tokens;
 }
 
@@ -211,24 +294,6 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
     return n;
 }
 
-// The prompt's last tokens were read while what they look at was not there: they are read again.
-static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_token> & tail) {
-    const int32_t n_prompt = laq.n_tokens(seq_id);
-    const int32_t n        = tail.size();
-    if (n == 0) {
-        return;
-    }
-    const int64_t t0 = ggml_time_us();
-    forget_from(laq, seq_id, n_prompt - n);
-    for (int32_t i = 0, n_now; i < n; i += n_now) {
-        n_now = std::min<int32_t>(n - i, laq.ctx->n_batch());
-        decode(laq, seq_id, tail.data() + i, n_now);
-    }
-    laq.ctx->synchronize();
-    laq.stats.n_reread += n;
-    laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
-}
-
 bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
     // Probes have looked for this message, and ahead of it: what they kept is more than its own queries know of. Where
     // values are fitted, they come to give what all tokens give, from which it is read again.
@@ -236,9 +301,11 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
         return false;
     }
     const uint32_t n_rounds = laq_policy_rounds(laq.params, probed);
-    const uint32_t n_most   = laq_policy_reread(laq.params_of(seq_id));
-    const uint32_t n_room   = laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
-    const uint32_t n_keep   = laq_policy_draft(laq.params, n_room);
+    const uint32_t n_ring   = laq.seqs[seq_id].ring.pos.size();
+    const uint32_t n_reread = laq_policy_reread(laq.params_of(seq_id));
+    const bool     in_parts = laq.seqs[seq_id].in_parts;
+    const uint32_t n_most   = in_parts ? std::min(n_reread, n_ring) : n_reread;
+    const uint32_t n_keep   = laq_policy_draft(laq.params, n_room_of(laq, seq_id));
 
     bool drafted = false;
     for (uint32_t i = 0; i < n_rounds; ++i) {
@@ -246,12 +313,16 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
         const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
         const int32_t                  first    = n_prompt - (int32_t) tail.size();
         const laq_query_range          queries  = laq_policy_message(laq.params, first, n_prompt);
+        laq_eviction                   e        = { seq_id, n_keep, queries, false, first, n_prompt, true, probed };
         bool                           is_new   = false;
         if (tail.empty()) {
             break;
         }
-        laq.run_update(
-            [&] { is_new = laq.choose_again({ seq_id, n_keep, queries, false, first, n_prompt, true, probed }); });
+        if (in_parts) {
+            e.queries = { first, n_prompt };
+            e.n_fit   = n_ring;
+        }
+        laq.run_update([&] { is_new = laq.choose_again(e); });
         if (!is_new) {
             break;  // what it looks at is here
         }
@@ -262,7 +333,8 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
 }
 
 // decode ahead, evict by that and drop it; the prompt's logits are back then, also if something failed
-static void evict_by_lookahead(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits, bool recall) {
+static void evict_by_lookahead(laq_cache & laq, int32_t seq_id, const std::vector<float> & logits, bool recall,
+                               uint32_t n_keep) {
     const int32_t n_prompt = laq.n_tokens(seq_id);
     const auto    restore  = [&] {
         forget_from(laq, seq_id, n_prompt);
@@ -277,8 +349,7 @@ static void evict_by_lookahead(laq_cache & laq, int32_t seq_id, const std::vecto
 
         const auto    queries  = laq_policy_queries(laq.params, n_prompt, n_prompt + (int32_t) n_ahead);
         const int32_t n_intact = laq.intact_from(seq_id, n_prompt);
-        laq.run_update(
-            [&] { laq.evict({ seq_id, laq.params.n_kv_budget, queries, false, n_intact, n_prompt, recall }); });
+        laq.run_update([&] { laq.evict({ seq_id, n_keep, queries, false, n_intact, n_prompt, recall }); });
     } catch (...) {
         restore();
         throw;
@@ -297,9 +368,11 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted, bool pro
     if (recall && !drafted) {
         tail = laq.recall->tail(laq, seq_id, laq.n_tokens(seq_id), laq_policy_window(laq.params));
     }
-    for (uint32_t i = 0; i < laq_policy_lookaheads(drafted && probed); ++i) {
-        evict_by_lookahead(laq, seq_id, logits, recall);
+    // the last one is looked ahead from as many tokens as there are cells for
+    for (uint32_t i = laq_policy_lookaheads(drafted && probed); i > 1; --i) {
+        evict_by_lookahead(laq, seq_id, logits, recall, laq_policy_draft(laq.params, n_room_of(laq, seq_id)));
     }
+    evict_by_lookahead(laq, seq_id, logits, recall, laq.params.n_kv_budget);
     if (laq.stats.n_recalls > n_before) {
         read_again(laq, seq_id, tail);
     }

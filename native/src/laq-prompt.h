@@ -4,8 +4,8 @@
 
 struct laq_cache;
 
-// laq_prompt_next(): makes room for the next tokens of a prompt and returns how many to decode. Throws laq_error; the
-// cache then holds what it held.
+// laq_prompt_next(): makes room for the next tokens of a prompt and returns how many to decode; before that the last ones
+// may be read again. Throws laq_error; the cache then holds what it held, less what was being read again.
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens);
 
 // The paper's lookahead pass (arXiv 2505.20334, section 3): decode n_lookahead greedy tokens, evict by their queries,
