@@ -120,8 +120,8 @@ def test_values_that_were_fitted_come_back_as_they_were(tiny_gguf: Callable[...,
     assert llm.kv_stats().n_recalls > 0 and n_moved() == 0
 
 
-# Where values are fitted to the archive, of 400 tokens in 256 cells (8 of them for a lookahead) 248 are
-# read in view of all, then three parts of 40, each of which chooses and is read again, and 32 more
+# Where values are fitted to the archive, of 400 tokens in 256 cells, 8 of them for a lookahead, 248
+# are read in view of all, then three parts of 40, each of which chooses and is read again, and 32
 IN_PARTS = {"n_parts": 3, "part": 40}
 
 
