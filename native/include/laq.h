@@ -138,7 +138,8 @@ struct laq_params {
     const char * archive_folder;  // of that file; NULL = there is none, and the oldest tokens are lost
     int32_t      recall;          // enum laq_recall_when
     uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
-                               // selects: as many tokens as there are cells for, and the lookahead from them
+                               // selects: as many tokens as there are cells for, and the lookahead from them. 0: nor are
+                               // the parts of a prompt that finds no cells
     int32_t recall_device;     // enum laq_recall_device
     float   value_fit;         // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
                                // queries had; 0 = V stays byte for byte. The archive has it as it was, and where the
@@ -226,8 +227,9 @@ enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const str
 // Comes before each llama_decode() of a piece of a prompt. tokens [n_tokens] is all that is left of the prompt; *n_chunk
 // receives how many of them to decode next, in one batch. If they would find no cells, what they need is evicted: the
 // last n_probe tokens of the prompt and at most 8 greedy ones after them (n_lookahead, if that is less) are decoded behind
-// what is cached, score it, and are dropped again (policies without lookahead: no such probe). The logits of the context
-// are then those of the probe.
+// what is cached, score it, and are dropped again (policies without lookahead: no such probe). Where values are fitted to
+// an archive there is no probe: the tokens decoded last choose from all tokens and are decoded again (n_recall_rounds). If
+// that fails, the sequence may end before them. The logits of the context are then those of the probe, or of these tokens.
 enum laq_status laq_prompt_next(struct laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                                 uint32_t * n_chunk);
 

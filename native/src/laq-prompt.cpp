@@ -174,15 +174,21 @@ static uint32_t n_room_of(const laq_cache & laq, int32_t seq_id) {
     return laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
 }
 
-// Tokens of a part, 0: none is read twice. A head holds a part whole, and three times as many others at least.
+// Tokens that each head holds while a part is read: there is room for the next one, and to look ahead.
+static uint32_t n_kept_beside(const laq_cache & laq, int32_t seq_id, uint32_t n_part) {
+    const uint32_t n_room = laq_policy_draft(laq.params, n_room_of(laq, seq_id));
+    return std::max(laq.params.n_kv_budget, n_room - std::min(n_room, n_part));
+}
+
+// Tokens of a part, 0: none is read twice. A head holds a part whole, what is pinned, and four times as many as the part in all.
 static uint32_t n_part_of(const laq_cache & laq, int32_t seq_id) {
     if (laq.params.n_recall_rounds == 0 || laq.params.recall < LAQ_RECALL_TURN || !laq.fits_to_archive() ||
         seq_id != 0) {
         return 0;
     }
     laq_params p  = laq.params_of(seq_id);
-    p.n_kv_budget = n_room_of(laq, seq_id);
     p.n_reread    = std::min<size_t>(laq.params.n_chunk, laq.seqs[seq_id].ring.pos.size());
+    p.n_kv_budget = n_kept_beside(laq, seq_id, p.n_reread);
     return laq_policy_reread(p);
 }
 
@@ -195,8 +201,7 @@ static void read_part_again(laq_cache & laq, int32_t seq_id, uint32_t n_part) {
     const int32_t                  n_past = laq.n_tokens(seq_id);
     const std::vector<llama_token> tail   = laq.recall->tail(laq, seq_id, n_past, n_part);
     const int32_t                  first  = n_past - (int32_t) tail.size();
-    const uint32_t                 n_room = laq_policy_draft(laq.params, n_room_of(laq, seq_id));
-    const uint32_t                 n_keep = std::max(laq.params.n_kv_budget, n_room - std::min(n_room, n_part));
+    const uint32_t                 n_keep = n_kept_beside(laq, seq_id, n_part);
 
     laq_eviction e = { seq_id, n_keep, { first, n_past }, false, first, n_past, true, true };
     e.n_fit        = n_part;

@@ -139,7 +139,7 @@ std::vector<float> laq_reselection::remembered(const std::vector<laq_row> & of_h
     return res;
 }
 
-// what a head gets; in the first layers, how much of it is there
+// what a head gets; in the first layers, where that decides, how much of it is there
 laq_overlap laq_reselection::choose(uint32_t ikv, uint32_t h, const std::vector<laq_row> & of_head) {
     std::vector<float> joined;
     if (laq.seqs[e.seq_id].remembers && laq_policy_needs_lookahead(params)) {
@@ -159,7 +159,7 @@ laq_overlap laq_reselection::choose(uint32_t ikv, uint32_t h, const std::vector<
     for (const uint32_t i : kept) {
         rows[ikv][h].push_back(of_head[i]);
     }
-    if (ikv >= LAQ_RECALL_LAYERS) {
+    if (e.always || ikv >= LAQ_RECALL_LAYERS) {
         return {};
     }
     if (params.n_kv_budget > laq.params.n_kv_budget) {
