@@ -142,9 +142,9 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             recall_rounds: how often a message chooses by the queries of its own last tokens (at
                 most snapkv_window) and is read again, before kv_policy chooses: the first time it
                 was read, what it looks at may not have been there. The choice holds as many
-                tokens as there are cells for, until the lookahead is generated from it. Where values
-                are fitted to the archive, all parts of a prompt that does not fit do the same; 0:
-                nothing is read again, and such a prompt is read with probes.
+                tokens as there are cells for, until the lookahead is generated from it. Where
+                values are fitted to the archive, all parts of a prompt that does not fit do the
+                same. 0: nothing is read again, and such a prompt is read with probes.
             reread_size: tokens at the end of the conversation that are read again then, at most:
                 the answer before the message, too, was generated from a part of it. No more than
                 a quarter of kv_budget are.
