@@ -5,6 +5,7 @@ Deterministic: only `random.Random.random` is used, whose sequence Python guaran
 
 from __future__ import annotations
 
+import bisect
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -132,17 +133,12 @@ def _prompt(
             raise ValueError(
                 f"--text has no {n_tokens} tokens: give a longer one or lower --lengths"
             )
-    low, high = 10, len(pool)
-    if count_tokens(message(pool[:low])) > n_tokens:
+    sizes = range(10, len(pool) + 1)
+    n = bisect.bisect_right(sizes, n_tokens, key=lambda size: count_tokens(message(pool[:size])))
+    if n == 0:
         raise ValueError(f"a needle prompt needs more than {n_tokens} tokens: raise --lengths")
-    while low < high:
-        middle = (low + high + 1) // 2
-        if count_tokens(message(pool[:middle])) <= n_tokens:
-            low = middle
-        else:
-            high = middle - 1
     return {
-        "input": message(pool[:low]),
+        "input": message(pool[: sizes[n - 1]]),
         "answer_prefix": f"The secret number of the {name} is",
         "outputs": [number],
         "depth": round(depth, 4),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laq_gguf.bench import longbench
 from laq_gguf.bench.metrics import METRICS
@@ -249,7 +250,7 @@ def pairs_of_length(
         ValueError: not even two pairs fit, or all records together do not fill the length.
     """
     key, value = records[at]["key"], records[at]["value"]
-    depth = float(str(prompt_of_pairs(records[at])["depth"]))
+    depth = prompt_of_pairs(records[at])["depth"]
     pool = [pair for r in [*records[at:], *records[:at]] for pair in r["ordered_kv_records"]]
     others = [pair for pair in pool if pair[0] != key]
 
@@ -259,7 +260,7 @@ def pairs_of_length(
         return {"ordered_kv_records": pairs, "key": key, "value": value}
 
     def n_needed(n_others: int) -> int:
-        return count_tokens(str(prompt_of_pairs(record(n_others))["input"]))
+        return count_tokens(prompt_of_pairs(record(n_others))["input"])
 
     n = bisect.bisect_right(range(len(others) + 1), n_tokens, key=n_needed) - 1
     if n < 1:
@@ -269,7 +270,7 @@ def pairs_of_length(
     return record(n)
 
 
-def prompt_of_pairs(record: dict) -> dict[str, object]:
+def prompt_of_pairs(record: dict) -> dict[str, Any]:
     """A record as RULER has them: the value of `key` is asked, out of a JSON object of all pairs.
 
     Raises:

@@ -137,15 +137,15 @@ struct laq_params {
     uint64_t     archive_limit;   // bytes of it in host memory; the oldest tokens then go to a file
     const char * archive_folder;  // of that file; NULL = there is none, and the oldest tokens are lost
     int32_t      recall;          // enum laq_recall_when
-    uint32_t n_recall_rounds;  // times that a message selects by its own queries and is read again, before the policy
-    // selects: as many tokens as there are cells for, and the lookahead from them. 0: nor are
-    // the parts of a prompt that finds no cells
-    int32_t recall_device;  // enum laq_recall_device
-    float   value_fit;      // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
-                            // queries had; 0 = V stays byte for byte. The archive has it as it was, and where the
-                            // CPU scores it, the outputs are those of archived and resident tokens together
-    uint32_t n_reread;      // tokens at the end of a conversation, the last reply among them, that are read again
-                            // with what a message has selected, at most; a quarter of the budget if that is less
+    // times that a message selects by its own queries and is read again, before the policy selects: as many tokens as
+    // there are cells for, and the lookahead from them. 0: nor are the parts of a prompt that finds no cells
+    uint32_t n_recall_rounds;
+    int32_t  recall_device;  // enum laq_recall_device
+    float    value_fit;      // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
+                             // queries had; 0 = V stays byte for byte. The archive has it as it was, and where the
+                             // CPU scores it, the outputs are those of archived and resident tokens together
+    uint32_t n_reread;       // tokens at the end of a conversation, the last reply among them, that are read again
+                             // with what a message has selected, at most; a quarter of the budget if that is less
 };
 
 struct laq_stats {

@@ -258,7 +258,8 @@ struct laq_cache {
     bool can_evict(int32_t seq_id) const;
     void evict_pending(int32_t seq_id, laq_recall_when when = LAQ_RECALL_TURN);
 
-    // whether there is something to choose from again, and it is time
+    // whether it is time to choose again, and there is something to choose from
+    bool may_recall(int32_t seq_id, laq_recall_when when) const;
     bool recalls(int32_t seq_id, laq_recall_when when) const;
 
     // where the intact suffix begins after an eviction whose window ends at n_prompt

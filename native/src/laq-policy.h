@@ -68,8 +68,8 @@ bool laq_policy_needs_lookahead(const laq_params & params);
 // whether keys are ever scored: by the policy or by its draft
 bool laq_policy_scores(const laq_params & params);
 
-// whether values of what stays are fitted, and to how many queries at most: not those of the methods that laq++ is
-// compared with
+// whether values of what stays are fitted, and to how many queries at most (a part that is read twice: to all of its own):
+// not those of the methods that laq++ is compared with
 constexpr uint32_t LAQ_FIT_QUERIES = 32;
 bool               laq_policy_fits(const laq_params & params);
 

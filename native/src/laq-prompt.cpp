@@ -162,6 +162,31 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
     laq.stats.ms_reread += (ggml_time_us() - t0) / 1000.0;
 }
 
+// The last tokens, at most n_most, choose n_keep of all tokens and are read again: a `part` by all of its queries, which
+// values are then fitted to, a message by the last ones. Returns whether anything new came.
+static bool choose_and_read_again(laq_cache & laq, int32_t seq_id, uint32_t n_most, uint32_t n_keep, bool part,
+                                  bool always) {
+    const int32_t                  n_past = laq.n_tokens(seq_id);
+    const std::vector<llama_token> tail   = laq.recall->tail(laq, seq_id, n_past, n_most);
+    const int32_t                  first  = n_past - (int32_t) tail.size();
+    if (tail.empty()) {
+        return false;
+    }
+    laq_eviction e = {
+        seq_id, n_keep, laq_policy_message(laq.params, first, n_past), false, first, n_past, true, always
+    };
+    if (part) {
+        e.queries = { first, n_past };
+        e.n_fit   = tail.size();
+    }
+    bool is_new = false;
+    laq.run_update([&] { is_new = laq.choose_again(e); });
+    if (is_new) {
+        read_again(laq, seq_id, tail);
+    }
+    return is_new;
+}
+
 //
 // a prompt that is read twice, in parts that have all their queries in the ring
 //
@@ -180,10 +205,10 @@ static uint32_t n_kept_beside(const laq_cache & laq, int32_t seq_id, uint32_t n_
     return std::max(laq.params.n_kv_budget, n_room - std::min(n_room, n_part));
 }
 
-// Tokens of a part, 0: none is read twice. A head holds a part whole, what is pinned, and four times as many as the part in all.
+// Tokens of a part, 0: none is read twice. A head holds a part whole, what is pinned, and four times as many as the part in
+// all.
 static uint32_t n_part_of(const laq_cache & laq, int32_t seq_id) {
-    if (laq.params.n_recall_rounds == 0 || laq.params.recall < LAQ_RECALL_TURN || !laq.fits_to_archive() ||
-        seq_id != 0) {
+    if (laq.params.n_recall_rounds == 0 || !laq.may_recall(seq_id, LAQ_RECALL_TURN) || !laq.fits_to_archive()) {
         return 0;
     }
     laq_params p  = laq.params_of(seq_id);
@@ -194,21 +219,9 @@ static uint32_t n_part_of(const laq_cache & laq, int32_t seq_id) {
 
 // the last part, and room for the next one
 static void read_part_again(laq_cache & laq, int32_t seq_id, uint32_t n_part) {
-    const std::vector<uint32_t> order = laq.resident(seq_id);
-    if (!laq.observes_archive(seq_id, order)) {
-        return;  // it was read in view of all there is
-    }
-    const int32_t                  n_past = laq.n_tokens(seq_id);
-    const std::vector<llama_token> tail   = laq.recall->tail(laq, seq_id, n_past, n_part);
-    const int32_t                  first  = n_past - (int32_t) tail.size();
-    const uint32_t                 n_keep = n_kept_beside(laq, seq_id, n_part);
-
-    laq_eviction e = { seq_id, n_keep, { first, n_past }, false, first, n_past, true, true };
-    e.n_fit        = n_part;
-    bool is_new    = false;
-    laq.run_update([&] { is_new = laq.choose_again(e); });
-    if (is_new) {
-        read_again(laq, seq_id, tail);
+    // otherwise it was read in view of all there is
+    if (laq.observes_archive(seq_id, laq.resident(seq_id))) {
+        choose_and_read_again(laq, seq_id, n_part, n_kept_beside(laq, seq_id, n_part), true, true);
     }
 }
 
@@ -314,25 +327,10 @@ bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
 
     bool drafted = false;
     for (uint32_t i = 0; i < n_rounds; ++i) {
-        const int32_t                  n_prompt = laq.n_tokens(seq_id);
-        const std::vector<llama_token> tail     = laq.recall->tail(laq, seq_id, n_prompt, n_most);
-        const int32_t                  first    = n_prompt - (int32_t) tail.size();
-        const laq_query_range          queries  = laq_policy_message(laq.params, first, n_prompt);
-        laq_eviction                   e        = { seq_id, n_keep, queries, false, first, n_prompt, true, probed };
-        bool                           is_new   = false;
-        if (tail.empty()) {
-            break;
-        }
-        if (in_parts) {
-            e.queries = { first, n_prompt };
-            e.n_fit   = n_ring;
-        }
-        laq.run_update([&] { is_new = laq.choose_again(e); });
-        if (!is_new) {
+        if (!choose_and_read_again(laq, seq_id, n_most, n_keep, in_parts, probed)) {
             break;  // what it looks at is here
         }
         drafted = true;
-        read_again(laq, seq_id, tail);
     }
     return drafted;
 }

@@ -120,8 +120,12 @@ bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<
     return true;
 }
 
+bool laq_cache::may_recall(int32_t seq_id, laq_recall_when when) const {
+    return recall && seq_id == 0 && params.recall >= when;
+}
+
 bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {
-    return recall && seq_id == 0 && params.recall >= when && recall->archive.n_held() > 0;
+    return may_recall(seq_id, when) && recall->archive.n_held() > 0;
 }
 
 //
