@@ -93,6 +93,7 @@ struct laq_saved {
     int32_t                           n_settled;
     std::optional<laq_pending>        pending;
     bool                              remembers;
+    bool                              in_parts;
     bool                              fitted;
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions

@@ -12,7 +12,7 @@
 #include <utility>
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 6;
+static constexpr uint32_t STATE_VERSION = 7;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -105,6 +105,7 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         put(io, seq.n_settled);
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
         put<uint32_t>(io, seq.fitted);
+        put<uint32_t>(io, seq.in_parts);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
         write_archive(laq, io);
@@ -260,7 +261,8 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         if (n_prompt >= 0) {
             s.pending = laq_pending{ n_prompt };
         }
-        s.fitted = get<uint32_t>(io) != 0;
+        s.fitted   = get<uint32_t>(io) != 0;
+        s.in_parts = get<uint32_t>(io) != 0;
         read_origin(laq, io, s);
         read_ring(laq, io, s);
         read_archive(laq, io, s);
@@ -291,6 +293,7 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.n_settled = saved.has_outputs ? saved.n_settled : laq.n_tokens(saved.seq_id);
         seq.pending   = saved.pending;
         seq.remembers = saved.remembers;
+        seq.in_parts  = saved.in_parts;
         seq.fitted    = saved.fitted;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;

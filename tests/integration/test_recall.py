@@ -147,6 +147,25 @@ def test_a_prompt_that_does_not_fit_is_read_twice_where_values_are_fitted(
         assert getattr(stats, name) == getattr(before, name), f"{name}: nothing is allocated"
 
 
+def test_a_prompt_that_was_set_aside_goes_on_in_parts(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm.eval(tokens_of(400, seed=1))
+    n_reread, wanted = llm.kv_stats().n_reread, last_logits(llm)
+
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    laq, prompt_next = llm._laq, llm._laq.prompt_next
+
+    def set_aside(left: Any) -> int:
+        if len(left) < 400:
+            laq.resume(laq.park())
+        return prompt_next(left)
+
+    laq.prompt_next = set_aside
+    llm.eval(tokens_of(400, seed=1))
+    assert llm.kv_stats().n_reread == n_reread > 0
+    assert (last_logits(llm) == wanted).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "n_recalls"),
     [({}, IN_PARTS["n_parts"] + 2 + 2), ({"recall_rounds": 0}, 1), ({"value_fit": 0}, 1)],
