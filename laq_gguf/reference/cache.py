@@ -128,15 +128,18 @@ class KVCache(Cells):
         n_end = n_prompt + (params.lookahead_size if defers else 0)
         check_pinned(params, params.budget, n_intact, n_end)
         if pseudo is not None:
-            ahead = pseudo[: params.lookahead_size]
-            if self.drafts:
-                self._append_queries(ahead)
-            else:
-                self._append(ahead[: self.n_free])
+            self._append_ahead(pseudo)
         self.n_prompt, self.pending = n_prompt, defers
         if not defers:
             queries = query_range(params, n_prompt, self.n_tokens)
             self._evict(params.budget, n_intact, queries, n_end, recall=recall)
+
+    def _append_ahead(self, pseudo: Tokens) -> None:
+        ahead = pseudo[: self.params.lookahead_size]
+        if self.drafts:
+            self._append_queries(ahead)
+        else:
+            self._append(ahead[: self.n_free])
 
     @property
     def drafts(self) -> bool:

@@ -105,3 +105,11 @@ def n_always(params: PolicyParams) -> int:
     """Tokens that are always kept, however many there are: a smaller cache is never asked for."""
     fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
     return len(fixed) + params.window + params.ahead
+
+
+def reread_size(params: PolicyParams, n_most: int) -> int:
+    """Most tokens at the end of a conversation that are read again with what a message has
+    selected, since they were read while what they look at may not have been there: n_most, but a
+    quarter of the budget at most, and no more than the budget holds beside what is pinned."""
+    n_room = params.budget - n_always(params) + params.window
+    return max(0, min(n_most, params.budget // 4, n_room))

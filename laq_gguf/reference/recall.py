@@ -1,384 +1,216 @@
-"""A KV cache whose evicted tokens are kept elsewhere and chosen from again.
+"""What is read again, since it was read while what it looks at may have been in the archive alone.
 
-A token is archived whole, in every layer and KV head, when the intact suffix moves past it: from
-then on some heads may drop it. A re-selection scores archived and resident tokens as one set of
-keys, since attention is a softmax over all of them, and every head holds the best of both.
+A message chooses for itself once it has been read, by its own queries, and is read again.
 
-Where values are fitted, it is to what the queries get from both: that is what they would have got,
-had nothing been evicted. While a prompt is read, they are the queries of what was read last: what
-is read next is most like it. V in the archive stays as it was, so that nothing drifts.
+Where values are fitted to the archive, a prompt that does not fit is read twice, in parts of as
+many tokens as queries are kept. The first reading brings the queries of a part. They choose from
+all tokens, and values are fitted until these queries get what they would get from all of them. The
+second reading then is nearly what it would be in view of the whole prompt, and nothing needs to be
+known of the question: no probes. For each next chunk of a prompt, with n_left tokens to go:
+
+    n = cache.part_again()
+    if n and cache.choose_for_part(n):
+        remove the last n tokens, and append them as they are now
+    chunk = cache.plan(n_left)
+    cache.make_room(chunk.n_evict, goes_on=chunk.n_tokens < n_left)
+    append the next chunk.n_tokens
+
+At its end, as often as `message_again` says, the same with `choose_for_message`; then `prompt_end`.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from .attention import FloatArray, attention_scores, attention_weights, causal_mask
-from .cache import KVCache
-from .plan import check_pinned, n_always
-from .select import PolicyParams, Span, query_range, select_head
-from .values import FIT_QUERIES, attention_outputs, last_queries
-
-RECALLS = ("never", "turn", "always")
-#: Of the tokens that the budget takes in the first layers this share must be new, or nothing comes
-#: back.
-RECALL_NEW, RECALL_LAYERS = 0.02, 4
+from .cells import Tokens
+from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk, reread_size
+from .reselect import ReselectCache
+from .select import PolicyParams, query_range
+from .values import FIT_QUERIES
 
 
-def reread_size(params: PolicyParams, n_most: int) -> int:
-    """Most tokens at the end of a conversation that are read again with what a message has
-    selected, since they were read while what they look at may not have been there: n_most, but a
-    quarter of the budget at most, and no more than the budget holds beside what is pinned."""
-    n_room = params.budget - n_always(params) + params.window
-    return max(0, min(n_most, params.budget // 4, n_room))
-
-
-@dataclass
-class Archive:
-    """Tokens that left the intact suffix: positions (n,), ascending; k and v
-    (n_layer, n_head_kv, n, d)."""
-
-    positions: npt.NDArray[np.int32]
-    k: FloatArray
-    v: FloatArray
-
-    @classmethod
-    def empty(cls, n_layer: int, n_head_kv: int, d: int) -> Archive:
-        rows = np.zeros((n_layer, n_head_kv, 0, d), np.float32)
-        return cls(np.zeros(0, np.int32), rows, rows)
-
-    def add(self, positions: npt.NDArray[np.int32], k: FloatArray, v: FloatArray) -> None:
-        """Tokens that are not there yet; shapes as those of the archive."""
-        self.positions = np.concatenate([self.positions, positions])
-        order = np.argsort(self.positions)
-        self.positions = self.positions[order]
-        self.k = np.concatenate([self.k, k], axis=2)[:, :, order]
-        self.v = np.concatenate([self.v, v], axis=2)[:, :, order]
-
-
-@dataclass
-class Candidates:
-    """What the heads of a layer may hold, in columns of one list of positions.
-
-    held (n_head_kv, n) and resident say where a head has such a token; k and v (n_head_kv, n, d)
-    are 0 elsewhere. memory (n_head_kv, n) is the layer's, 0 for what is archived alone.
-    """
-
-    positions: npt.NDArray[np.int32]
-    held: npt.NDArray[np.bool_]
-    resident: npt.NDArray[np.bool_]
-    k: FloatArray
-    v: FloatArray
-    memory: FloatArray
-
-
-class RecallCache(KVCache):
-    """A KVCache with an archive.
+@dataclass(frozen=True)
+class Again:
+    """How a message that ends here chooses for itself before its end.
 
     Args:
-        recall: when tokens are chosen again by themselves: "never", "turn" (the end of a prompt, or
-            its lookahead), "always" (also where generated tokens find no cells). None: there is no
-            archive.
-        fits_to_archive: whether values are fitted to what queries get from the archive and the
-            cells; otherwise to what they get from the cells, and not while a prompt is read.
-        others: of KVCache.
+        n_rounds: times that it chooses and is read again, or until nothing new comes.
+        n_tokens: last tokens that are read again, at most: as many of them as are known.
+        probed: its prompt did not fit: see choose_for_message. Where something came, two lookaheads
+            follow, the first one through choose_ahead.
+    """
+
+    n_rounds: int
+    n_tokens: int
+    probed: bool
+
+
+class RecallCache(ReselectCache):
+    """A KVCache with an archive, that reads again what has chosen for itself.
+
+    Args:
+        recall_rounds: times that a message chooses for itself; 0: it does not, and no prompt is
+            read twice.
+        n_reread: tokens at the end of a conversation that are read again with it, at most.
+        others: of ReselectCache.
     Attributes:
-        n_recalls, n_recalls_skipped: re-selections, and those that would have changed too little.
-        n_lost: rows that a snapshot did not carry.
+        in_parts: the prompt that is being read did not fit: it is read twice.
     """
 
     def __init__(
-        self,
-        params: PolicyParams,
-        *,
-        recall: str | None = None,
-        fits_to_archive: bool = True,
-        **others: Any,
+        self, params: PolicyParams, *, recall_rounds: int = 1, n_reread: int = 256, **others: Any
     ) -> None:
-        if recall is not None and recall not in RECALLS:
-            raise ValueError(f"unknown recall {recall!r}, possible: {', '.join(RECALLS)}")
-        if recall is not None and not params.needs_queries:
-            raise ValueError(f"policy {params.policy!r} has no scores to choose again by")
-        self.recall_when = recall
-        self.fits_to_archive = fits_to_archive and recall is not None and params.fits_values
-        self.n_recalls = self.n_recalls_skipped = self.n_lost = 0
+        self.recall_rounds, self.n_reread = recall_rounds, n_reread
         super().__init__(params, **others)
 
     def clear(self) -> None:
         super().clear()
-        self.archive = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
+        self.in_parts = False
 
     def snapshot(self, archive: bool = True) -> dict[str, Any]:
-        """archive: whether the copy has it; what one has not is lost where it is restored."""
-        state = super().snapshot()
-        if archive and self.recall_when is not None:
-            state["archive"] = copy.deepcopy(self.archive)
-        return state
+        return {**super().snapshot(archive), "in_parts": self.in_parts}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        empty = Archive.empty(self.n_layer, self.n_head_kv, self.n_embd_head)
-        super().restore({"archive": empty, **snapshot})
-        if self.recall_when is not None and "archive" not in snapshot:
-            n_held = int((self.layers[0].positions[0] < self.n_intact).sum())
-            self.n_lost += (self.n_intact - n_held) * self.n_layer * self.n_head_kv
+        super().restore({"in_parts": False, **snapshot})
 
-    def draft(self) -> KVCache:
-        drafted = super().draft if self.recall_when is None else self._without_archive().draft
-        return drafted()
+    @property
+    def part_size(self) -> int:
+        """Tokens of a part that is read twice: as many as queries are kept, but a quarter of what a
+        head holds at most, and no more than it holds beside what is pinned. 0: none is read twice.
+        """
+        reads_twice = self.n_cells is not None and self.recall_rounds > 0 and self.fits_to_archive
+        if not (reads_twice and self._may_recall("turn")):
+            return 0
+        n_most = min(self._chunk_size(), self.params.n_queries)
+        return reread_size(replace(self.params, budget=self._n_beside(n_most)), n_most)
 
-    def _without_archive(self) -> RecallCache:
-        other = copy.deepcopy(self)
-        other.recall_when, other.fits_to_archive = None, False
-        return other
+    def _chunk_size(self) -> int:
+        return self.params.chunk_size or default_chunk(self.params, self.n_cells)
 
-    def recalls(self, when: str) -> bool:
-        return (
-            self.recall_when is not None
-            and RECALLS.index(self.recall_when) >= RECALLS.index(when)
-            and len(self.archive.positions) > 0
-        )
+    def _n_beside(self, n_part: int) -> int:
+        """Tokens that a head holds while there is room for a part, and to look ahead."""
+        return max(self.params.budget, self._n_draft() - n_part)
 
-    def recall(self) -> None:
-        """Choose again now, by the last tokens decoded, or by those that an eviction waits for.
+    def part_again(self) -> int:
+        """Last tokens that are read again before the next ones are read, at most. 0: there are
+        none, or they were read in view of all there is."""
+        return self.part_size if self.in_parts and self._observes_archive() else 0
+
+    def choose_for_part(self, n_tokens: int) -> bool:
+        """Choose by the queries of the last n_tokens, to all of which values are then fitted: room
+        for the next part is left. True: they are then to be removed and read again.
 
         Raises:
-            ValueError: there is no archive; more cells are pinned than the budget holds.
+            ValueError: more cells are pinned than are to stay.
         """
-        if self.recall_when is None:
-            raise ValueError("there is no archive")
-        params, n_end = self.params, self.n_tokens
-        if self.pending:
-            self.flush("never")
-        elif self.recalls("never"):
-            n_prompt = max(n_end - params.ahead, 0)
-            n_intact = self._intact(n_prompt)
-            check_pinned(params, params.budget, n_intact, n_end)
-            queries = query_range(params, n_prompt, n_end)
-            self._evict(params.budget, n_intact, queries, n_end, recall=True)
-            self.pending = False
+        n_end, n_keep = self.n_tokens, self._n_beside(self.part_size)
+        first = n_end - n_tokens
+        check_pinned(self.params, n_keep, first, n_end)
+        self._archive_leaving(first)
+        eviction = n_keep, first, (first, n_end), n_end
+        return self._reselect(*eviction, always=True, n_fit=n_tokens)
 
-    def choose_for_message(self, n_reread: int) -> bool:
-        """Choose by the queries of the last snapkv_window tokens before the prompt ends: as many
-        tokens as there are cells for beside a lookahead, until it is generated. Whether something
-        came back: the last n_reread tokens, which stay whole, are then to be removed and read
+    def plan(self, n_left: int) -> ChunkPlan:
+        """As KVCache's, where no part is read twice. Otherwise the next part, or as many tokens as
+        there are cells for before anything goes."""
+        n_part = self.part_size
+        if n_part == 0:
+            return super().plan(n_left)
+        n_cells = max(self.n_cells - self.params.ahead, 0)
+        n_free = max(n_cells - self.n_used, 0)
+        chunk_size = n_part
+        if not self._observes_archive() and n_free > n_part:
+            chunk_size = min(self._chunk_size(), n_free)
+        return plan_chunk(
+            replace(self.params, policy="snapkv", chunk_size=chunk_size),  # no probe
+            n_cells=n_cells,
+            n_used=self.n_used,
+            n_resident=self.n_resident,
+            n_left=n_left,
+            n_batch=self.n_batch,
+        )
+
+    def make_room(
+        self,
+        n_evict: int,
+        probe: Tokens | None = None,
+        n_probe: int = 0,
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        """As KVCache's; where a part is read twice, n_evict go by the last tokens decoded and there
+        is no probe.
+
+        Args:
+            goes_on: tokens of the prompt are left after the ones that there is room made for.
+        """
+        n_part = self.part_size
+        if n_part == 0:
+            super().make_room(n_evict, probe, n_probe)
+            return
+        if not 0 <= n_evict <= self.n_over:
+            raise ValueError(f"n_evict must be from 0 to {self.n_over}, got {n_evict}")
+        self.remembers &= not self.pending  # those were probes of another prompt
+        if n_evict > 0:
+            self.evict(self.n_resident - n_evict)
+        self.pending = False
+        self.in_parts |= goes_on
+
+    def message_again(self) -> Again:
+        """Before `prompt_end`. Not where probes have looked for the message, and ahead of it: what
+        they kept is more than its own queries know of. Where values are fitted, they come to give
+        what all tokens give, from which it is read again: once more then.
+        """
+        probed = self.remembers or self.in_parts
+        n_tokens = reread_size(self.params, self.n_reread)
+        if self.in_parts:
+            n_tokens = min(n_tokens, self.params.n_queries)
+        n_rounds = self.recall_rounds if self.recalls("turn") else 0
+        if probed and n_rounds > 0:
+            n_rounds = n_rounds + 1 if self.fits_to_archive else 0
+        return Again(n_rounds, n_tokens, probed)
+
+    def choose_for_message(self, n_tokens: int, probed: bool = False) -> bool:
+        """Choose by the queries of the last snapkv_window tokens before the prompt ends, or of all
+        the last n_tokens where it is read in parts: as many tokens as there are cells for beside a
+        lookahead, until it is generated. Whether something came back, as it always does where the
+        message was probed: the last n_tokens, which stay whole, are then to be removed and read
         again. Otherwise nothing was changed.
-
-        Not where probes have looked for the message, and ahead of it: what they kept is more than
-        its own queries know of. Where values are fitted, they come to give what all tokens give,
-        from which it is read again: natively all of this is done twice there, and then `prompt_end`
-        with pseudo tokens, each time those that what was fitted before gives.
 
         Raises:
             ValueError: more cells are pinned than the budget holds.
         """
-        probed = self.remembers
-        if probed and not self.fits_to_archive:
-            return False
         n_end = self.n_tokens
-        first = n_end - n_reread
-        queries = max(first, n_end - self.params.snapkv_window), n_end
+        first = n_end - n_tokens
+        by = max(first, n_end - self.params.snapkv_window)
+        n_fit = FIT_QUERIES
+        if self.in_parts:
+            by, n_fit = first, n_tokens
         check_pinned(self.params, self.params.budget, first, n_end)
         self._archive_leaving(first)
-        return self._reselect(self._n_draft(), first, queries, n_end, always=probed)
+        eviction = self._n_draft(), first, (by, n_end), n_end
+        return self._reselect(*eviction, always=probed, n_fit=n_fit)
 
-    def _intact_in_prompt(self, n_past: int, n_keep: int) -> int:
-        """The queries that values are fitted to see what every head holds."""
-        n_intact = super()._intact_in_prompt(n_past, n_keep)
-        if self.fits_to_archive and self.params.needs_lookahead:
-            params = replace(self.params, budget=n_keep)
-            n_intact = min(n_intact, n_past - reread_size(params, FIT_QUERIES))
-        return max(self.n_intact, n_intact, 0)
+    def choose_ahead(self, pseudo: Tokens) -> None:
+        """The first of two lookaheads: it chooses as many tokens as there are cells for, from which
+        the second one is generated. `pseudo` as in `prompt_end`.
+
+        Raises:
+            ValueError: more cells are pinned than the budget holds.
+        """
+        n_prompt, n_intact = self.n_tokens, self._intact(self.n_tokens)
+        check_pinned(self.params, self.params.budget, n_intact, n_prompt)
+        n_keep = self._n_draft()
+        self._append_ahead(pseudo)
+        queries = query_range(self.params, n_prompt, self.n_tokens)
+        self._evict(n_keep, n_intact, queries, n_prompt, recall=self.recalls("turn"))
+
+    def prompt_end(self, pseudo: Tokens | None = None) -> None:
+        super().prompt_end(pseudo)
+        self.in_parts = False
 
     def _n_draft(self) -> int:
         if self.n_cells is None:
             return self.n_tokens
         return max(self.n_cells - self.n_foreign - self.params.ahead, self.params.budget)
-
-    def _evict(
-        self,
-        n_keep: int,
-        n_intact: int,
-        queries: Span,
-        n_end: int,
-        by_probe: bool = False,
-        recall: bool = False,
-    ) -> None:
-        if self.recall_when is not None:
-            self._archive_leaving(min(n_intact, n_end))
-        # what fits to the archive passes over it anyhow: it is not skipped, so that V starts from
-        # what it was and not from an earlier fit
-        eviction = n_keep, n_intact, queries, n_end
-        if not (recall and self._reselect(*eviction, always=self._observes_archive())):
-            if recall and int((self.layers[0].positions[0] < n_end).sum()) <= n_keep:
-                self._drop(n_end)
-                return
-            super()._evict(*eviction, by_probe)
-
-    def _drop(self, n_end: int) -> None:
-        """Tokens from n_end on were decoded ahead; nothing else changes."""
-        for layer in self.layers:
-            layer.keep(np.stack([np.flatnonzero(row < n_end) for row in layer.positions]))
-        self._keep_queries(self.query_positions < n_end)
-        self.n_tokens = n_end
-
-    def _archive_leaving(self, end: int) -> None:
-        """Archive the tokens of the intact suffix before `end`: every head holds them still."""
-        known = self.layers[0].positions[0]
-        leaves = (known >= self.n_intact) & (known < end)
-        leaves &= ~np.isin(known, self.archive.positions)
-        # the suffix is the same cells in every head
-        self.archive.add(
-            known[leaves],
-            np.stack([layer.k[:, leaves] for layer in self.layers]),
-            np.stack([layer.v[:, leaves] for layer in self.layers]),
-        )
-
-    def _candidates(self, il: int, positions: npt.NDArray[np.int32]) -> Candidates:
-        layer, archive = self.layers[il], self.archive
-        shape = (self.n_head_kv, len(positions))
-        resident = np.zeros(shape, bool)
-        held = np.broadcast_to(np.isin(positions, archive.positions), shape).copy()
-        k, v = (np.zeros((*shape, self.n_embd_head), np.float32) for _ in range(2))
-        memory = np.zeros(shape, np.float32)
-        for head, own in layer.heads():
-            at = np.searchsorted(positions, own)
-            resident[head, at] = held[head, at] = True
-            k[head, at], v[head, at] = layer.k[head], layer.v[head]
-            memory[head, at] = layer.memory[head]
-        # V that was fitted comes back as it was
-        at = np.searchsorted(positions, archive.positions)
-        k[:, at], v[:, at] = archive.k[il], archive.v[il]
-        return Candidates(positions, held, resident, k, v, memory)
-
-    def _score_candidates(
-        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
-    ) -> FloatArray:
-        """(n_head_kv, n), 0 where a head has no such token."""
-        return attention_scores(
-            self.queries[il, used].swapaxes(0, 1), **self._candidate_keys(il, used, candidates)
-        )
-
-    def _candidate_keys(
-        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
-    ) -> dict[str, Any]:
-        """As _keys, with the mask of what each head has."""
-        mask = causal_mask(self.query_positions[used], candidates.positions)
-        absent = np.where(candidates.held, np.float32(0), np.float32(-np.inf))
-        k = candidates.k.swapaxes(0, 1)
-        return {**self._keys(il), "k": k, "mask": mask[None] + absent[:, None]}
-
-    def _fitted_to(
-        self, used: npt.NDArray[np.bool_], n_intact: int, n_end: int, by_probe: bool
-    ) -> npt.NDArray[np.bool_]:
-        """As KVCache's; with an archive outputs do not age, and what was read last is fitted to
-        where a probe has looked."""
-        if not self.fits_to_archive:
-            return super()._fitted_to(used, n_intact, n_end, by_probe)
-        if by_probe:
-            used = (self.query_positions >= n_intact) & (self.query_positions < n_end)
-        if self._observes_archive():
-            return last_queries(used)
-        return super()._fitted_to(used, n_intact, n_end, False)
-
-    def _outputs(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        if self._observes_archive():
-            return self._outputs_of_all(il, used, self._candidates(il, self._all_positions()))
-        return super()._outputs(il, used)
-
-    def _observes_archive(self) -> bool:
-        """Whether values are fitted to the archive and not every head holds all of it: otherwise
-        what queries get from the cells is what they get from all tokens."""
-        rows = [row for layer in self.layers for row in layer.positions]
-        return self.fits_to_archive and not all(
-            np.isin(self.archive.positions, row).all() for row in rows
-        )
-
-    def _all_positions(self) -> npt.NDArray[np.int32]:
-        parts = [self.archive.positions, *(layer.positions.ravel() for layer in self.layers)]
-        return np.unique(np.concatenate(parts)).astype(np.int32)
-
-    def _outputs_of_all(
-        self, il: int, used: npt.NDArray[np.bool_], candidates: Candidates
-    ) -> FloatArray:
-        weights = attention_weights(
-            self.queries[il, used].swapaxes(0, 1), **self._candidate_keys(il, used, candidates)
-        )
-        return attention_outputs(weights, candidates.v)
-
-    def _reselect(
-        self, n_keep: int, n_intact: int, queries: Span, n_end: int, *, always: bool = False
-    ) -> bool:
-        """Every head comes to hold the best of what is archived and resident. False: nothing was
-        changed, since no query is held or too little would be new and it need not be `always`."""
-        first = max(queries[0], self.n_intact)
-        used = (self.query_positions >= first) & (self.query_positions < queries[1])
-        if not used.any():
-            return False
-        positions = self._all_positions()
-        layers = [self._candidates(il, positions) for il in range(self.n_layer)]
-        may_stay = positions < n_end
-        n_least = min(int((c.held & may_stay).sum(axis=1).min()) for c in layers)
-        scores = [
-            self._score_candidates(il, used, candidates) for il, candidates in enumerate(layers)
-        ]
-
-        def choose(n: int, il: int) -> npt.NDArray[np.int64]:
-            """Columns of n tokens for each head of a layer."""
-            params, columns = replace(self.params, budget=min(n, n_least)), []
-            rank = self._rank(scores[il], layers[il], int(used.sum()))
-            for head in range(self.n_head_kv):
-                own = np.flatnonzero(layers[il].held[head] & may_stay)
-                view = (params, positions[own], n_intact, rank[head, own])
-                columns.append(own[select_head(*view, ikv=il, head=head)])
-            return np.stack(columns)
-
-        n_first = min(RECALL_LAYERS, self.n_layer)
-        n_budget = min(n_keep, self.params.budget)
-        is_new = self._is_new(layers[:n_first], [choose(n_budget, il) for il in range(n_first)])
-        if not (is_new or always):
-            self.n_recalls_skipped += 1
-            return False
-        n_most = max(int((c.held & may_stay).sum(axis=1).max()) for c in layers)
-        fits = self.fits_to_archive and min(n_keep, n_least) < n_most
-        fitted = last_queries(used) if fits else np.zeros_like(used)
-        ahead = np.flatnonzero(~may_stay) if fitted.any() else np.zeros(0, np.int64)
-        for il, (layer, candidates) in enumerate(zip(self.layers, layers, strict=True)):
-            columns = choose(n_keep, il)
-            columns = np.concatenate([columns, np.tile(ahead, (len(columns), 1))], axis=1)
-            layer.positions = positions[columns]
-            layer.k = np.take_along_axis(candidates.k, columns[:, :, None], axis=1)
-            layer.v = np.take_along_axis(candidates.v, columns[:, :, None], axis=1)
-            layer.memory = np.zeros(columns.shape, np.float32)
-            if fitted.any():
-                # what was decoded ahead is seen, too
-                outputs = self._outputs_of_all(il, fitted, candidates)
-                all_stay = np.ones(columns.shape, bool)
-                self._fit_layer(self.params, il, fitted, outputs, all_stay, n_intact)
-                n_kept = columns.shape[1] - len(ahead)
-                layer.keep(np.tile(np.arange(n_kept), (len(columns), 1)))
-        self.n_intact, self.remembers, self.pending = n_intact, False, False
-        self._keep_queries(self.query_positions < n_end)
-        self.n_tokens, self.n_settled, self.scores = n_end, n_end, scores
-        self.n_evictions += 1
-        self.n_recalls += 1
-        return True
-
-    def _rank(self, raw: FloatArray, candidates: Candidates, n_queries: int) -> FloatArray:
-        """As KVCache._remember. What had left the cells when a probe looked counts as 0 then."""
-        if not (self.remembers and self.params.needs_lookahead):
-            return raw
-        mean = (raw / np.float32(n_queries)).astype(np.float32)
-        joined = (mean + candidates.memory) * np.float32(0.5)
-        return np.where(candidates.positions < self.n_intact, joined, mean)
-
-    def _is_new(self, layers: list[Candidates], kept: list[npt.NDArray[np.int64]]) -> bool:
-        """Whether enough of what is selected is not resident."""
-        pairs = list(zip(layers, kept, strict=True))
-        n_same = sum(int(np.take_along_axis(c.resident, k, axis=1).sum()) for c, k in pairs)
-        n_all = sum(k.size for _, k in pairs)
-        return n_all - n_same >= RECALL_NEW * n_all

@@ -99,6 +99,11 @@ class PolicyParams:
         return self.lookahead_size if self.needs_lookahead else 0
 
     @property
+    def n_queries(self) -> int:
+        """Last queries that are kept."""
+        return max(self.window_size, self.snapkv_window) + self.lookahead_size
+
+    @property
     def probe_ahead(self) -> int:
         """Tokens that a probe looks ahead: it is made for every chunk, and what it misses is looked
         for again."""

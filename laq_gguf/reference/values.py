@@ -21,10 +21,10 @@ from .attention import FloatArray
 FIT_QUERIES = 32
 
 
-def last_queries(used: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The last FIT_QUERIES of the queries (n,) that are used."""
+def last_queries(used: npt.NDArray[np.bool_], n_fit: int = FIT_QUERIES) -> npt.NDArray[np.bool_]:
+    """The last n_fit, at least one, of the queries (n,) that are used."""
     last = used.copy()
-    last[np.flatnonzero(used)[:-FIT_QUERIES]] = False
+    last[np.flatnonzero(used)[:-n_fit]] = False
     return last
 
 

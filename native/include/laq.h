@@ -321,11 +321,12 @@ enum laq_status laq_get_rows(const struct laq_cache * laq, uint32_t ikv, uint32_
 enum laq_status laq_get_archived(struct laq_cache * laq, uint32_t ikv, uint32_t head, bool is_v, int32_t pos,
                                  uint8_t * dst, uint64_t n, bool * held);
 
-// scores (before pooling) of the last eviction: dst F32 [n_head_kv][n_kv]; *n_kv receives the length. One for each
+// scores (before pooling) of one of the last 8 evictions, i_eviction of n_evictions: dst F32 [n_head_kv][n_kv]; *n_kv receives the length. One for each
 // token of the sequence that was resident then, in order of position, probe and pseudo tokens included; for each token
 // that some head could choose where that was from the archive, too, 0 in the others. dst may be NULL to ask for n_kv.
 // Kept only if LAQ_DEBUG is set in the environment before laq_attach().
-enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv);
+enum laq_status laq_get_scores(const struct laq_cache * laq, uint32_t i_eviction, uint32_t ikv, float * dst, uint64_t n,
+                               uint32_t * n_kv);
 
 // 1 = a device of ggml (its index) has the fused kernel for keys of a type (enum ggml_type) and a head size; 0 = it has not,
 // and scores are composed of other operations there

@@ -12,6 +12,7 @@
 #include "llama-context.h"
 #include "llama-kv-cache.h"
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -185,9 +186,13 @@ struct laq_cache {
     std::string score_reason;
     std::string compact_reason;
 
-    const bool                      captures_outputs;  // what attention gave for each query lies behind it in the ring
-    bool                            debug;             // env: LAQ_DEBUG, keep the scores of the last eviction
-    std::vector<std::vector<float>> scores;            // per KV layer: [n_head_kv][n_kv]
+    const bool captures_outputs;  // what attention gave for each query lies behind it in the ring
+    bool       debug;             // env: LAQ_DEBUG, keep the scores of the last evictions
+
+    static constexpr uint32_t N_DEBUG = 8;
+
+    // of eviction i of stats.n_evictions in i % N_DEBUG, per KV layer: [n_head_kv][n_kv]
+    std::array<std::vector<std::vector<float>>, N_DEBUG> scores;
 
     std::unique_ptr<laq_recall_state> recall;               // null: what leaves the cells is gone
     bool                              save_archive = true;  // states carry it

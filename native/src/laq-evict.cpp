@@ -226,7 +226,7 @@ void laq_cache::evict(const laq_eviction & e) {
         now = score(e, order);
     }
     if (debug) {
-        scores = now.rows;
+        scores[stats.n_evictions % N_DEBUG] = now.rows;
     }
     laq_seq & seq = seqs[e.seq_id];
     if (laq_policy_needs_lookahead(params) && (e.scratch || seq.remembers)) {

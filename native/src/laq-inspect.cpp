@@ -121,14 +121,19 @@ laq_status laq_get_archived(laq_cache * laq, uint32_t ikv, uint32_t head, bool i
     });
 }
 
-laq_status laq_get_scores(const laq_cache * laq, uint32_t ikv, float * dst, uint64_t n, uint32_t * n_kv) {
+laq_status laq_get_scores(const laq_cache * laq, uint32_t i_eviction, uint32_t ikv, float * dst, uint64_t n,
+                          uint32_t * n_kv) {
     return laq_guarded([&] {
         const laq_layer & layer = layer_at(laq, ikv);
         laq_check(n_kv, "n_kv must not be NULL");
         laq_check(laq->debug, "scores are kept only if LAQ_DEBUG is set in the environment before laq_attach()");
 
+        laq_check(i_eviction < laq->stats.n_evictions && laq->stats.n_evictions - i_eviction <= laq_cache::N_DEBUG,
+                  "i_eviction must be one of the last 8 of n_evictions");
+
+        const auto &               of_layers = laq->scores[i_eviction % laq_cache::N_DEBUG];
         const std::vector<float>   none;
-        const std::vector<float> & scores = laq->scores.empty() ? none : laq->scores[ikv];
+        const std::vector<float> & scores = of_layers.empty() ? none : of_layers[ikv];
 
         *n_kv = scores.size() / layer.n_head_kv;
         if (dst) {

@@ -364,9 +364,10 @@ void laq_reselection::keep_scores() const {
         }
     }
     const std::vector<int32_t> pos(all.begin(), all.end());
-    laq.scores.clear();
+    auto &                     kept = laq.scores[laq.stats.n_evictions % laq_cache::N_DEBUG];
+    kept.clear();
     for (uint32_t ikv = 0; ikv < candidates.size(); ++ikv) {
-        std::vector<float> & dst = laq.scores.emplace_back(candidates[ikv].size() * pos.size());
+        std::vector<float> & dst = kept.emplace_back(candidates[ikv].size() * pos.size());
         for (uint32_t h = 0; h < candidates[ikv].size(); ++h) {
             const std::vector<laq_row> & of_head = candidates[ikv][h];
             for (size_t i = 0; i < of_head.size(); ++i) {

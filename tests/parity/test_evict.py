@@ -57,9 +57,8 @@ class Inspector:
 
     def _read(self, function: str, ikv: int, dst: npt.NDArray[np.float32], *before: Any) -> None:
         pointer = self.ffi.from_buffer("float[]", dst, require_writable=True)
-        after = [self.ffi.new("uint32_t *")] if function == "laq_get_scores" else []
         call = getattr(self.lib, function)
-        self._check(function, call(self.laq, ikv, *before, pointer, dst.size, *after))
+        self._check(function, call(self.laq, ikv, *before, pointer, dst.size))
 
     def queries(self, ikv: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Positions (n_queries,), queries (n_queries, n_head, d), oldest first."""
@@ -78,13 +77,14 @@ class Inspector:
         self._read("laq_get_keys", ikv, dst)
         return dst
 
-    def scores(self, ikv: int) -> npt.NDArray[np.float32]:
-        """(n_head_kv, n_kv), of the last eviction."""
-        n_kv = self.ffi.new("uint32_t *")
-        status = self.lib.laq_get_scores(self.laq, ikv, self.ffi.NULL, 0, n_kv)
-        self._check("laq_get_scores", status)
+    def scores(self, ikv: int, i_eviction: int | None = None) -> npt.NDArray[np.float32]:
+        """(n_head_kv, n_kv), of an eviction of all that there were; None: of the last one."""
+        i = self.stats().n_evictions - 1 if i_eviction is None else i_eviction
+        n_kv, get = self.ffi.new("uint32_t *"), self.lib.laq_get_scores
+        self._check("laq_get_scores", get(self.laq, i, ikv, self.ffi.NULL, 0, n_kv))
         dst = np.full((self.layer(ikv).n_head_kv, n_kv[0]), np.nan, np.float32)
-        self._read("laq_get_scores", ikv, dst)
+        pointer = self.ffi.from_buffer("float[]", dst, require_writable=True)
+        self._check("laq_get_scores", get(self.laq, i, ikv, pointer, dst.size, n_kv))
         return dst
 
     def logits(self) -> npt.NDArray[np.float32]:

@@ -300,7 +300,7 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: lib.laq_kept_positions(laq, 0, ints, 3),
             lambda: lib.laq_get_keys(laq, 0, floats, 3),
             lambda: lib.laq_get_queries(laq, 0, ints, floats, 3),
-            lambda: lib.laq_get_scores(laq, 99, floats, 4, n),
+            lambda: lib.laq_get_scores(laq, 0, 99, floats, 4, n),
             lambda: lib.laq_get_stats(laq, 0, null),
         )[i]
         assert call() == lib.LAQ_STATUS_INVALID_ARGUMENT

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from laq_gguf.reference import PolicyParams, Tokens
 from laq_gguf.reference.plan import n_always
-from laq_gguf.reference.recall import reread_size
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
 from property.native_cache import NativeCache, Rows
@@ -64,8 +63,8 @@ class Mirror:
             params: the same settings for the reference.
             tolerance: NMSE of keys, queries, logits and scores; None: K is stored in blocks, which
                 the model in numpy knows nothing of, and only compared with itself.
-            recall: when the Llama chooses again from its archive, in the cache's own type and by
-                one round; None: it has none.
+            recall: when the Llama chooses again from its archive, in the cache's own type; None:
+                it has none.
         """
         self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
         self.inspector, self.eos = Inspector(llm, native), EOS
@@ -76,6 +75,8 @@ class Mirror:
             n_cells=llm.kv_stats().n_cells,
             n_batch=llm.n_batch,
             recall=recall,
+            recall_rounds=llm.recall_config.recall_rounds,
+            n_reread=llm.recall_config.reread_size,
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
@@ -85,7 +86,7 @@ class Mirror:
         self.n_slots = params.probe_size + params.lookahead_size + n_again
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
-        self.n_decoded, self.refused = 0, False
+        self.n_decoded, self.n_reread, self.refused = 0, 0, False
         self._call = {}
         for owner, name in (
             (llm._ctx, "decode"),
@@ -108,10 +109,12 @@ class Mirror:
         except RuntimeError as raised:
             error = raised
         self.after = self.llm.kv_stats()
-        evicted = self.after.n_evictions > self.before.n_evictions
-        scored = evicted and self.cache.params.needs_queries
-        layers = range(self.cache.n_layer if scored else 0)
-        self.cache.given = [self.inspector.scores(il) for il in layers]
+        layers = range(self.cache.n_layer if self.cache.params.needs_queries else 0)
+        self.cache.n_before = self.before.n_evictions
+        self.cache.given = [
+            [self.inspector.scores(il, i) for il in layers]
+            for i in range(self.before.n_evictions, self.after.n_evictions)
+        ]
         self.cache.tolerance = self.tolerance
         self.cache.skips = self.after.n_recalls_skipped > self.before.n_recalls_skipped
         try:
@@ -151,24 +154,33 @@ class Mirror:
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:
         def model(n_chunk: int | None) -> None:
-            cache, n_left = self.cache, len(tokens)
-            if n_left == 0 or cache.n_tokens + n_left > self.first.n_ctx:
+            if len(tokens) == 0 or self.cache.n_tokens + len(tokens) > self.first.n_ctx:
                 raise ValueError("no tokens, or too many")
-            plan = cache.plan(n_left)
-            if plan.n_tokens == 0 and cache.n_over:
-                cache.overflow()
-                plan = cache.plan(n_left)
-            if plan.n_tokens == 0:
-                raise ValueError("no cells")
-            assert n_chunk in (None, plan.n_tokens), f"reads {n_chunk} tokens on, not {plan}"
-            probe, n_probe = None, self.after.n_probe - self.before.n_probe
-            if plan.n_evict and cache.params.needs_lookahead:
-                assert n_probe == plan.n_probe
-                probe = self._probe(tokens[n_left - n_probe :])
-                self.logits = None
-            cache.make_room(plan.n_evict, probe, n_probe)
+            part = self._tail(self.cache.part_again())
+            if part and self.cache.choose_for_part(len(part)):
+                self._decode_again(part)
+            try:
+                self._read_on(tokens, n_chunk)
+            finally:
+                self._adopt(len(part))
 
         return self._both(lambda: self._call["prompt_next"](tokens), model)
+
+    def _read_on(self, tokens: npt.NDArray[np.int32], n_chunk: int | None) -> None:
+        cache, n_left = self.cache, len(tokens)
+        plan = cache.plan(n_left)
+        if plan.n_tokens == 0 and cache.n_over:
+            cache.overflow()
+            plan = cache.plan(n_left)
+        if plan.n_tokens == 0:
+            raise ValueError("no cells")
+        assert n_chunk in (None, plan.n_tokens), f"reads {n_chunk} tokens on, not {plan}"
+        probe, n_probe = None, self.after.n_probe - self.before.n_probe
+        if plan.n_evict and cache.params.needs_lookahead and not cache.part_size:
+            assert n_probe == plan.n_probe
+            probe = self._probe(tokens[n_left - n_probe :])
+            self.logits = None
+        cache.make_room(plan.n_evict, probe, n_probe, goes_on=plan.n_tokens < n_left)
 
     def prompt_end(self) -> None:
         cache, params = self.cache, self.cache.params
@@ -177,36 +189,41 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            n_most = reread_size(params, self.llm.recall_config.reread_size)
-            again = self._tail(n_most) if self._chooses_for_message() else []
-            drafted = bool(again) and cache.choose_for_message(len(again))
-            if drafted:
-                self._read_again(again)
-            tail = self._tail(params.window) if looks_ahead else []
+            n_again = self._choose_for_message()
+            tail = self._tail(params.window) if looks_ahead and n_again == 0 else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)
             self._note([0] * (self.after.n_pseudo - self.before.n_pseudo))
             self.tokens = {p: token for p, token in self.tokens.items() if p < n_prompt}
-            if cache.n_recalls > n_before and not drafted:
-                self._read_again(tail)
+            if cache.n_recalls > n_before and tail:
+                self._decode_again(tail)
+            self._adopt(n_again or len(tail))
 
         self._both(self._call["prompt_end"], model)
         if logits is not None and self.after.n_reread == self.before.n_reread:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
 
-    def _chooses_for_message(self) -> bool:
-        return self.llm.recall_config.recall_rounds > 0 and self.cache.recalls("turn")
+    def _choose_for_message(self) -> int:
+        """Last tokens that were read again, not adopted yet."""
+        cache, n_again = self.cache, 0
+        again = cache.message_again()
+        for _ in range(again.n_rounds):
+            tail = self._tail(again.n_tokens)
+            if not tail or not cache.choose_for_message(len(tail), again.probed):
+                break
+            self._decode_again(tail)
+            n_again = len(tail)
+        assert not (n_again and again.probed and cache.params.lookahead != "deferred"), (
+            "two lookaheads: which of the pseudo tokens are whose is not known"
+        )
+        return n_again
 
-    def _read_again(self, tokens: list[int]) -> None:
-        n = len(tokens)
-        if n == 0:
-            return
-        assert self.after.n_reread - self.before.n_reread == n
-        assert self.cache.remove(self.cache.n_tokens - n)
+    def _decode_again(self, tokens: list[int]) -> None:
+        assert self.cache.remove(self.cache.n_tokens - len(tokens))
         self._note(tokens)
         self.logits = self.model.forward(tokens, self.cache)
-        self.n_decoded += n
-        self._adopt(n)
+        self.n_decoded += len(tokens)
+        self.n_reread += len(tokens)
 
     def _note(self, tokens: list[int]) -> None:
         """Tokens are decoded after what is cached; each takes the slot of an earlier one."""
@@ -350,23 +367,37 @@ class Mirror:
     # comparing
 
     def _adopt(self, n_new: int) -> None:
-        """Compare new keys, queries and logits with the model's, and go on with native's."""
-        cache, made = self.cache, self.cache.made
+        """Compare the last tokens and the logits with the model's, and go on with native's."""
+        cache, first = self.cache, self.cache.n_tokens - n_new
+        if n_new == 0:
+            return
         if self.tolerance is not None:
             assert_nmse(self.inspector.logits(), self.logits, self.tolerance, "logits")
         for il, layer in enumerate(cache.layers):
-            keys = self.inspector.keys(il)[-n_new:]
             where, queries = self.inspector.queries(il)
             assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
-            is_new = where >= cache.n_tokens - n_new
+            is_new = where >= first
+            keys, held = self.inspector.keys(il).swapaxes(0, 1), layer.positions >= first
             if self.tolerance is not None:
-                assert_nmse(keys, made.k[il], self.tolerance, f"new keys of layer {il}")
+                assert_nmse(keys[held], layer.k[held], self.tolerance, f"new keys of layer {il}")
                 own = cache.queries[il][is_new]
                 assert_nmse(queries[is_new], own, self.tolerance, f"new queries of layer {il}")
-            layer.k[:, -n_new:] = keys.swapaxes(0, 1)
-            for head in range(cache.n_head_kv):
-                layer.v[head, -n_new:] = self.rows.resident(il, head, True)[-n_new:]
+            layer.k[held] = keys[held]
             cache.queries[il][is_new] = queries[is_new]
+            for head in range(cache.n_head_kv):
+                layer.v[head, held[head]] = self.rows.resident(il, head, True)[held[head]]
+                self._adopt_archived(il, head, first)
+
+    def _adopt_archived(self, il: int, head: int, first: int) -> None:
+        """Of tokens that were read again and evicted in one call."""
+        archive = self.cache.archive
+        for i in np.flatnonzero(archive.positions >= first):
+            for is_v, rows in enumerate((archive.k, archive.v)):
+                row = self.rows.archived(il, head, bool(is_v), int(archive.positions[i]))
+                if self.tolerance is not None:
+                    what = f"archived position {archive.positions[i]}"
+                    assert_nmse(row, rows[il, head, i], self.tolerance, what)
+                rows[il, head, i] = row
 
     def check(self) -> None:
         """What native holds is what the model holds."""
@@ -379,6 +410,7 @@ class Mirror:
             assert actual == expected, f"{name}: {actual}, it was {expected}"
         assert stats.n_resident <= stats.n_cells
         assert stats.n_decoded - stats.n_probe - stats.n_pseudo == self.n_decoded
+        assert stats.n_reread == self.n_reread
         assert_equal(self.llm.kept_positions(), cache.positions, "resident positions")
         for il, layer in enumerate(cache.layers):
             keys = self.inspector.keys(il).swapaxes(0, 1)

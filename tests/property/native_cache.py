@@ -22,8 +22,9 @@ class NativeCache(RecallCache):
     """The reference's cache with what native has less: it keeps the queries of few tokens.
 
     Attributes:
-        given: native's scores of the eviction that comes, (n_head_kv, n_kv) a layer; [] = native
-            has not evicted; None = the model's own are used.
+        given: native's scores of the evictions that come, for each of them (n_head_kv, n_kv) a
+            layer; None = the model's own are used.
+        n_before: evictions before the first of these.
         tolerance: NMSE of them; None = not compared.
         skips: native has found that a re-selection would hardly change anything.
         made: the tokens of the last `append`.
@@ -33,7 +34,8 @@ class NativeCache(RecallCache):
         """n_ring: queries kept; None = all. The others are those of RecallCache."""
         self.skips = False
         self.n_ring, self.n_evictions = n_ring, 0
-        self.given: list[FloatArray] | None = []
+        self.given: list[list[FloatArray]] | None = []
+        self.n_before = 0
         self.tolerance: float | None = None
         super().__init__(params, **settings)
 
@@ -68,11 +70,18 @@ class NativeCache(RecallCache):
             raise ValueError(f"{n_always(self.params)} tokens are always kept, not {n_keep}")
         super().evict(n_keep, recall)
 
-    def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
+    def make_room(
+        self,
+        n_evict: int,
+        probe: Tokens | None = None,
+        n_probe: int = 0,
+        *,
+        goes_on: bool = False,
+    ) -> None:
         before, n_ring = (self.query_positions, self.queries), self.n_ring
         self.n_ring = None
         try:
-            super().make_room(n_evict, probe, n_probe)
+            super().make_room(n_evict, probe, n_probe, goes_on=goes_on)
         finally:
             self.n_ring = n_ring
             if probe is not None:  # its queries are kept apart
@@ -84,12 +93,12 @@ class NativeCache(RecallCache):
             newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
             self._keep_queries(np.isin(self.query_positions, list(newest.values())))
 
-    def _reselect(self, *eviction: Any, always: bool = False) -> bool:
+    def _reselect(self, *eviction: Any, always: bool = False, **others: Any) -> bool:
         if self.skips:
             assert not always, "native skips what is never skipped"
             self.n_recalls_skipped += 1
             return False
-        return super()._reselect(*eviction, always=always)
+        return super()._reselect(*eviction, always=always, **others)
 
     def _is_new(self, *selected: Any) -> bool:
         super()._is_new(*selected)  # near the threshold native may say otherwise
@@ -104,11 +113,13 @@ class NativeCache(RecallCache):
     def _given(self, il: int, own: FloatArray) -> FloatArray:
         if self.given is None:
             return own
-        assert self.given, "the model evicts and native has not"
-        assert self.given[il].shape == own.shape, f"{self.given[il].shape} scores, not {own.shape}"
+        i = self.n_evictions - self.n_before
+        assert i < len(self.given), "the model evicts and native has not"
+        given = self.given[i][il]
+        assert given.shape == own.shape, f"{given.shape} scores, not {own.shape}"
         if self.tolerance is not None:
-            assert_nmse(self.given[il], own, self.tolerance, f"scores of layer {il}")
-        return self.given[il]
+            assert_nmse(given, own, self.tolerance, f"scores of layer {il}")
+        return given
 
 
 class Rows:

@@ -158,15 +158,22 @@ SETUPS = (
         cache_type="f32",
         rules=FITTED,
         context=NO_FA,
-        # a mirror is told the scores of one choice in a call: of two only the last one's
-        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 0},
+        archive={"kv_recall": "ram", "recall": "turn"},
     ),
     Setup(
         "recall fitted, pinned, disk",
         "laq++",
         rules={**FITTED, "pinned": ((40, 50),)},
         compaction="graph",
-        archive={"kv_recall": "disk", "recall": "always", "recall_rounds": 0},
+        archive={"kv_recall": "disk", "recall": "always"},
+    ),
+    Setup(
+        "recall fitted, read with probes",
+        "laq++",
+        cache_type="f32",
+        rules=FITTED,
+        context=NO_FA,
+        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 0},
     ),
     Setup(
         "recall, pinned",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from laq_gguf.reference import PolicyParams, RecallCache, recall
+from laq_gguf.reference import PolicyParams, RecallCache, reselect
 from laq_gguf.reference.attention import causal_mask
+from laq_gguf.reference.recall import Again
 from laq_gguf.reference.values import attention_outputs
 from reference.made import SHAPE, check_cells, make_room, tokens
 
 
-def opened(*, n_cells: int | None = None, recall: str | None = "turn", **params) -> RecallCache:
+def opened(
+    *, n_cells: int | None = None, recall: str | None = "turn", recall_rounds: int = 1, **params
+) -> RecallCache:
     rules = {
         "budget": 32,
         "probe_size": 12,
@@ -20,7 +23,8 @@ def opened(*, n_cells: int | None = None, recall: str | None = "turn", **params)
         "value_fit": 0,
     }
     made = PolicyParams(**{**rules, **params})
-    return RecallCache(made, recall=recall, **SHAPE, n_cells=n_cells, n_batch=32)
+    rounds = {"recall": recall, "recall_rounds": recall_rounds}
+    return RecallCache(made, **rounds, **SHAPE, n_cells=n_cells, n_batch=32)
 
 
 def say(cache: RecallCache, n: int, seed: int = 0) -> None:
@@ -88,7 +92,7 @@ def test_values_that_were_fitted_come_back_as_they_were() -> None:
 def test_an_eviction_that_fits_to_the_archive_is_not_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(recall, "RECALL_NEW", 2.0)  # nothing is new enough
+    monkeypatch.setattr(reselect, "RECALL_NEW", 2.0)  # nothing is new enough
     for value_fit, counts in ((0.01, (1, 0)), (0, (0, 1))):
         cache = opened(value_fit=value_fit)
         say(cache, 150)
@@ -98,7 +102,7 @@ def test_an_eviction_that_fits_to_the_archive_is_not_skipped(
 
 
 def read_by_probes(value_fit: float) -> RecallCache:
-    cache = opened(n_cells=100, value_fit=value_fit)
+    cache = opened(n_cells=100, value_fit=value_fit, recall_rounds=0)
     for _ in range(5):
         make_room(cache, chunk := cache.plan(90))
         cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
@@ -126,9 +130,14 @@ def test_what_was_read_last_gets_what_all_tokens_give() -> None:
 
 def test_a_message_that_probes_have_looked_for_chooses_where_values_are_fitted() -> None:
     cache = read_by_probes(0.01)
-    assert cache.choose_for_message(8)
+    assert cache.message_again() == Again(0, 8, True)
+    cache.recall_rounds = 1
+    assert cache.message_again() == Again(2, 8, True)
+    assert cache.choose_for_message(8, probed=True)
     assert cache.n_recalls == 1 and not cache.remembers
-    assert not read_by_probes(0).choose_for_message(8)
+    cache = read_by_probes(0)
+    cache.recall_rounds = 1
+    assert cache.message_again() == Again(0, 8, True), "they have looked for it already"
 
 
 def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
@@ -138,8 +147,6 @@ def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
         cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
     assert cache.remembers and len(cache.archive.positions)
     before = cache.positions
-    assert not cache.choose_for_message(6), "they have looked for it already"
-    np.testing.assert_array_equal(cache.positions, before)
 
     # a token that all probes saw beats one that only this lookahead looks at as much
     remembered, forgotten = (cache.snapshot() for _ in range(2))
@@ -153,3 +160,72 @@ def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
         below = cache.layers[0].positions < cache.n_intact
         n_back.append(int((~np.isin(cache.layers[0].positions, before) & below).sum()))
     assert n_back[0] == 0 < n_back[1]
+
+
+def read_in_parts(cache: RecallCache, n_left: int) -> list[int]:
+    """A prompt but its end; the sizes of its chunks. A second reading brings the same tokens."""
+    sizes = []
+    while n_left:
+        if n := cache.part_again():
+            assert cache.choose_for_part(n)
+            assert cache.remove(cache.n_tokens - n)
+            cache.append(tokens(n, first=cache.n_tokens))
+        chunk = cache.plan(n_left)
+        assert chunk.n_probe == 0
+        cache.make_room(chunk.n_evict, goes_on=chunk.n_tokens < n_left)
+        cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
+        n_left -= chunk.n_tokens
+        sizes.append(chunk.n_tokens)
+    return sizes
+
+
+def test_a_prompt_that_does_not_fit_is_read_in_parts() -> None:
+    cache = opened(n_cells=300, value_fit=0.01)
+    cache.n_batch = 64
+    assert cache.part_size == 40, "as many as queries are kept"
+    assert opened(n_cells=100, value_fit=0.01).part_size == (100 - 8 - 32) // 4
+    assert opened(n_cells=300).part_size == 0, "no values are fitted"
+    assert opened(n_cells=300, value_fit=0.01, recall_rounds=0).part_size == 0
+    sizes = read_in_parts(cache, 500)
+    n_whole = sizes.index(40)
+    assert sizes[:n_whole] == [64] * 4, "in view of all, until a part finds no room: 292 - 256 < 40"
+    assert set(sizes[n_whole:-1]) == {40} and cache.in_parts
+    assert cache.n_recalls == len(sizes) - n_whole - 1, "all parts but the last one, so far"
+    assert cache.n_resident + 8 <= 300
+    assert cache.message_again() == Again(2, 8, True)
+
+    other = opened(n_cells=300, value_fit=0.01)
+    other.restore(cache.snapshot())
+    assert other.in_parts
+    cache.prompt_end(tokens(8, first=cache.n_tokens))
+    assert not cache.in_parts
+
+
+def test_all_queries_of_a_part_get_what_all_tokens_give() -> None:
+    missing = {}
+    for n_fit in (40, 20):
+        cache = opened(n_cells=300, value_fit=1e-6)
+        read_in_parts(cache, 480)
+        first = cache.n_tokens - 40
+        cache._archive_leaving(first)
+        used = cache.query_positions >= first
+        wanted = cache._outputs_of_all(0, used, cache._candidates(0, cache._all_positions()))
+        eviction = 150, first, (first, cache.n_tokens), cache.n_tokens
+        assert cache._reselect(*eviction, always=True, n_fit=n_fit)
+        layer = cache.layers[0]
+        mask = causal_mask(cache.query_positions[used], layer.positions)
+        got = attention_outputs(cache._weights(0, used, mask), layer.v)
+        missing[n_fit] = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    assert missing[40] < 0.1 * missing[20], missing
+
+
+def test_the_first_of_two_lookaheads_keeps_what_the_second_is_generated_from() -> None:
+    cache = opened(n_cells=300, value_fit=0.01)
+    read_in_parts(cache, 500)
+    n_prompt, n_evictions = cache.n_tokens, cache.n_evictions
+    cache.choose_ahead(tokens(8, seed=3, first=n_prompt))
+    assert (cache.n_tokens, cache.n_resident) == (n_prompt, 300 - 8)
+    assert cache.n_evictions == n_evictions + 1
+    assert (cache.layers[0].positions[:, -1] == n_prompt - 1).all(), "what was ahead is dropped"
+    cache.prompt_end(tokens(8, seed=4, first=n_prompt))
+    assert (cache.n_tokens, cache.n_resident) == (n_prompt, cache.params.budget)
