@@ -81,6 +81,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         recall: str = "turn",
         recall_rounds: int = 1,
         recall_device: str = "auto",
+        recall_read: str = "auto",
         reread_size: int = 256,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
@@ -190,6 +191,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             recall=recall,
             recall_rounds=recall_rounds,
             recall_device=recall_device,
+            recall_read=recall_read,
             reread_size=reread_size,
         )
         self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)

@@ -17,6 +17,8 @@ STORES = ("ram", "disk")
 RECALLS = {"never": 0, "turn": 1, "always": 2}
 #: types that an archive can have instead of the cache's: the values of `enum ggml_type`
 RECALL_TYPES = {"q8_0": 8, "q4_0": 2}
+#: the values of `enum laq_recall_read`
+RECALL_READS = {"auto": 0, "archive": 1, "cells": 2}
 #: the values of `enum laq_recall_device`
 RECALL_DEVICES = {"auto": 0, "cpu": 1, "device": 2}
 _NO_LIMIT = 2**64 - 1
@@ -36,6 +38,7 @@ class RecallConfig:
     recall: str = "turn"
     recall_rounds: int = 1
     recall_device: str = "auto"
+    recall_read: str = "auto"
     reread_size: int = 256
 
     def __post_init__(self) -> None:
@@ -43,10 +46,16 @@ class RecallConfig:
         _check_choice("kv_recall_type", self.kv_recall_type, (None, *RECALL_TYPES))
         _check_choice("recall", self.recall, tuple(RECALLS))
         _check_choice("recall_device", self.recall_device, tuple(RECALL_DEVICES))
+        _check_choice("recall_read", self.recall_read, tuple(RECALL_READS))
         check_integer("recall_rounds", self.recall_rounds, 0, 16)
         check_integer("reread_size", self.reread_size, 1, 2**20)
         self.limit()
-        unset = {"kv_recall_type": None, "kv_recall_limit": None, "recall_device": "auto"}
+        unset = {
+            "kv_recall_type": None,
+            "kv_recall_limit": None,
+            "recall_device": "auto",
+            "recall_read": "auto",
+        }
         for name, value in unset.items():
             if self.kv_recall is None and getattr(self, name) != value:
                 raise LaqArgumentError(
@@ -86,6 +95,7 @@ class RecallConfig:
         params.n_recall_rounds = self.recall_rounds
         params.n_reread = self.reread_size
         params.recall_device = RECALL_DEVICES[self.recall_device]
+        params.recall_read = RECALL_READS[self.recall_read]
         folder = file_folder() if self.kv_recall is not None else None
         if self.kv_recall == "disk" and folder is None:
             raise LaqArgumentError(

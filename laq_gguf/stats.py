@@ -51,6 +51,7 @@ class KvStats:
         n_lost: rows that could not be kept or read back, or that a state did not carry.
         n_reread: of n_decoded, tokens at the end of a prompt that were decoded again after a
             re-selection.
+        n_attended: of n_decoded, tokens decoded in view of the archive as well (`recall_read`).
         ms_recall: milliseconds spent in re-selections: scores, choice, and what comes back.
         ms_reread: milliseconds spent decoding tokens again after them.
         bytes_down: bytes that went to the archive.
@@ -103,6 +104,7 @@ class KvStats:
     n_recalls_skipped: int
     n_lost: int
     n_reread: int
+    n_attended: int
     ms_recall: float
     ms_reread: float
     bytes_down: int

@@ -105,6 +105,13 @@ enum laq_recall_device {
     LAQ_RECALL_ON_DEVICE = 2,  // of the layer's cache: through a buffer for n_ctx keys of one KV head
 };
 
+// in view of what a prompt is read, and tokens that are looked ahead from its end, once something has left the cells
+enum laq_recall_read {
+    LAQ_RECALL_READ_AUTO    = 0,  // ARCHIVE where all layers' cells are in host memory, CELLS otherwise
+    LAQ_RECALL_READ_ARCHIVE = 1,  // of the cells and the archive, by the model's own attention
+    LAQ_RECALL_READ_CELLS   = 2,
+};
+
 struct laq_span {
     int32_t p0;  // first position
     int32_t p1;  // one past the last
@@ -141,6 +148,7 @@ struct laq_params {
     // there are cells for, and the lookahead from them. 0: nor are the parts of a prompt that finds no cells
     uint32_t n_recall_rounds;
     int32_t  recall_device;  // enum laq_recall_device
+    int32_t  recall_read;    // enum laq_recall_read
     float    value_fit;      // LAQ_PP: ridge of the fit of V of the tokens that stay to the outputs that the observed
                              // queries had; 0 = V stays byte for byte. The archive has it as it was, and where the
                              // CPU scores it, the outputs are those of archived and resident tokens together
@@ -181,6 +189,7 @@ struct laq_stats {
     uint64_t n_recalled;          // rows that came back
     uint64_t n_lost;              // rows that could not be kept or read back
     uint64_t n_reread;            // tokens of a prompt that were decoded again after a re-selection
+    uint64_t n_attended;          // tokens decoded in view of the archive as well
     uint32_t n_recalls;           // re-selections
     uint32_t n_recalls_skipped;   // where the selection would hardly have changed
     double   ms_recall;           // re-selections: scores, choice, and what comes back

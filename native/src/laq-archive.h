@@ -40,6 +40,8 @@ class laq_archive {
     laq_archive & operator=(const laq_archive &) = delete;
 
     bool                 has(int32_t pos) const;
+    bool                 in_memory(uint32_t block) const { return block < blocks.size() && blocks[block].data; }
+    bool                 has_block(uint32_t block) const { return block < blocks.size() && blocks[block].held != 0; }
     std::vector<int32_t> positions() const;  // ascending
 
     // Add tokens, in three steps: room for their positions (ascending, none is held); the caller writes each row; close.

@@ -3,6 +3,7 @@
 #include "laq-graph.h"
 #include "laq-move.h"
 #include "laq-park.h"
+#include "laq-graph.h"
 #include "laq-recall.h"
 
 #include "ggml-backend.h"
@@ -38,7 +39,8 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
         devices += (devices.empty() ? "" : " ") + std::string(dev ? ggml_backend_dev_name(dev) : "unknown");
     }
     if (params.archive) {
-        recall = std::make_unique<laq_recall_state>(*this);
+        recall     = std::make_unique<laq_recall_state>(*this);
+        can_attend = laq_choose_attend(*this);
     }
     stats.n_ctx         = n_ctx;
     stats.kv_bytes_full = kv_bytes() / n_cells() * n_ctx;
@@ -326,6 +328,9 @@ void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots
         }
     }
     stats.n_decoded += ubatch.n_tokens;
+    if (recall && !probing && seqs[0].n_intact > 0 && !attends(ubatch)) {
+        seqs[0].n_exact = std::min(seqs[0].n_exact, ubatch.pos[0]);
+    }
     if (recall && !probing) {
         recall->note(ubatch);
     }
@@ -339,6 +344,8 @@ void laq_cache::reset(int32_t seq_id) {
     seq.pending   = std::nullopt;
     seq.remembers = false;
     seq.fitted    = false;
+    seq.attending = false;
+    seq.n_exact   = INT32_MAX;
     if (!keep_rings) {
         seq.ring.forget(0);
         if (recall) {

@@ -84,6 +84,8 @@ struct laq_seq {
     bool                       remembers = false;  // the last eviction was by a probe of the prompt that is being read
     bool                       in_parts  = false;  // the prompt that is being read did not fit: it is read twice
     bool                       fitted    = false;  // V of what is below n_intact may not be what the archive has of it
+    bool                       attending = false;  // what is decoded now attends to the archive as well
+    int32_t                    n_exact   = INT32_MAX;  // tokens from here on were decoded in view of the cells alone
 };
 
 // the part of a saved state that is ours, of one sequence
@@ -96,6 +98,8 @@ struct laq_saved {
     bool                              remembers;
     bool                              in_parts;
     bool                              fitted;
+    int32_t                           n_exact;
+    bool                              attending;
     std::vector<int32_t>              ring_pos;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
     std::vector<std::vector<float>>   memory;  // the same; empty if the sequence does not remember
@@ -126,7 +130,7 @@ struct laq_scores {
 struct laq_eviction {
     int32_t         seq_id;
     uint32_t        n_keep;                    // tokens per layer and KV head
-    laq_query_range queries;                   // positions whose captured queries score
+    laq_query_range queries;                   // positions whose captured queries score; none: the newest stay
     bool            scratch;                   // they are in the scratch ring
     int32_t         n_intact;                  // positions from here on are kept whole
     int32_t         n_end;                     // tokens from here on are dropped
@@ -180,9 +184,11 @@ struct laq_cache {
     std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
     bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
-    bool        can_score = false;  // what scoring needs was allocated
-    bool        by_graph  = false;  // K and V are moved by a graph on their device
-    std::string devices;            // as laq_stats has them
+    bool        can_score  = false;  // what scoring needs was allocated
+    bool        can_attend = false;  // the same for attention to the archive
+    bool        reserving  = false;  // the graph that is built is the largest one that does
+    bool        by_graph   = false;  // K and V are moved by a graph on their device
+    std::string devices;             // as laq_stats has them
     std::string score_reason;
     std::string compact_reason;
 
@@ -298,6 +304,16 @@ struct laq_cache {
     // if they fail.
     laq_parked & park(int32_t seq_id);
     void         resume(int32_t seq_id, laq_parked & p);
+
+    // Whether the graph of a ubatch attends to the archive, and to how many of its columns: positions from 0 on. Most tokens
+    // of such a ubatch.
+    static constexpr uint32_t N_ATTEND = 128;
+
+    bool     attends(const llama_ubatch & ubatch) const;
+    uint32_t n_attended_to() const;
+
+    // Whether a prompt can be read in view of the archive: it has all that left the cells.
+    bool may_attend(int32_t seq_id) const;
 
     // rows of the ring tensors that the rows of a ubatch go to, and which of its last rows are captured
     uint32_t n_captured(uint32_t n_tokens) const;

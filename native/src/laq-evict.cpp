@@ -58,8 +58,11 @@ laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> &
     laq_params p  = params_of(e.seq_id);
     p.n_kv_budget = e.n_keep;
     if (scores.rows.empty() && laq_policy_needs_queries(p)) {
-        LLAMA_LOG_WARN("%s: the queries of the last tokens went with tokens that were removed: the newest ones stay\n",
-                       __func__);
+        if (e.queries.first < e.queries.last) {
+            LLAMA_LOG_WARN("%s: the queries of the last tokens went with tokens that were removed: the newest ones "
+                           "stay\n",
+                           __func__);
+        }
         p.policy = LAQ_POLICY_STREAMING;
     }
 
@@ -211,6 +214,7 @@ bool laq_cache::choose_again(const laq_eviction & e) {
 
 void laq_cache::evict(const laq_eviction & e) {
     ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
+    seqs[e.seq_id].attending          = false;
     const std::vector<uint32_t> order = resident(e.seq_id);
     const std::vector<uint8_t>  own   = owned(*this, order);
     if (recall) {

@@ -24,7 +24,7 @@
 // so they are an input.
 class laq_graph_input : public llm_graph_input_i {
   public:
-    laq_graph_input(laq_cache & laq, int64_t n) : laq(laq), n(n) {}
+    laq_graph_input(laq_cache & laq, int64_t n, bool attends) : laq(laq), n(n), attends(attends) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         GGML_ASSERT(ggml_backend_buffer_is_host(slots->buffer));
@@ -32,12 +32,14 @@ class laq_graph_input : public llm_graph_input_i {
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return params.cparams.laq == &laq && laq.n_captured(params.ubatch.n_tokens) == n;
+        return params.cparams.laq == &laq && laq.n_captured(params.ubatch.n_tokens) == n &&
+               laq.attends(params.ubatch) == attends;
     }
 
     laq_cache &   laq;
     ggml_tensor * slots = nullptr;  // I64 [n]
     const int64_t n;
+    const bool    attends;
 };
 
 static laq_graph_input * capture_input(laq_cache & laq, const llm_graph_context & gctx, int64_t n) {
@@ -46,7 +48,7 @@ static laq_graph_input * capture_input(laq_cache & laq, const llm_graph_context 
             return found;
         }
     }
-    auto input   = std::make_unique<laq_graph_input>(laq, n);
+    auto input   = std::make_unique<laq_graph_input>(laq, n, laq.attends(gctx.ubatch));
     input->slots = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I64, n);
     ggml_set_input(input->slots);
     ggml_set_name(input->slots, "laq_inp_slots");
@@ -256,6 +258,9 @@ void laq_graph_reserve(laq_cache & laq) {
     res->reset();
     if (laq.captures_outputs) {
         laq_graph_reserve_fit(laq);
+    }
+    if (laq.can_attend) {
+        laq_graph_reserve_attend(laq);
     }
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+struct laq_cache;
 struct laq_layer;
 struct laq_observation;
 
@@ -21,6 +22,12 @@ void laq_set_threads(ggml_backend_t backend, int n_threads);
 // Run a node where a tensor of the cache is. Comes after ggml_backend_sched_reset(): by itself the scheduler goes on with
 // the device of the node before, which is another one where layers are split.
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
+
+// Whether graphs attend to the archive while a prompt is read. Throws laq_error if it was asked for and they cannot.
+bool laq_choose_attend(const laq_cache & laq);
+
+// let the scheduler plan for the largest graph that does; throws laq_error
+void laq_graph_reserve_attend(laq_cache & laq);
 
 // the queries in the ring of a layer, or the outputs: F16 [n_row, n_slots]
 ggml_tensor * laq_ring_view(ggml_context * ctx, const laq_layer & layer, bool outputs);

@@ -47,6 +47,7 @@ bool laq_kv_seq_rm(laq_cache & laq, int32_t seq_id, int32_t p0, int32_t p1) {
             case removal::SUFFIX:
                 seq.ring.forget(p0);
                 seq.n_settled = std::min(seq.n_settled, p0);
+                seq.n_exact   = p0 <= seq.n_exact ? INT32_MAX : seq.n_exact;
                 seq.remembers = false;
                 if (laq.recall) {
                     laq.recall->archive.forget(p0);

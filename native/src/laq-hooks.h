@@ -17,6 +17,12 @@ class llama_io_write_i;
 void laq_graph_capture(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * q, ggml_tensor * kq_b,
                        ggml_tensor * sinks, float kq_scale, int il);
 
+// llm_graph_context::build_attn_mha: while a prompt is read in view of its archive, K and V of all tokens stand in place of
+// those of the cells
+//   k, v: as llama_kv_cache::get_k() and get_v() give them; kq_mask: what this ubatch sees of the cells
+void laq_graph_attend(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor *& k, ggml_tensor *& v,
+                      ggml_tensor *& kq_mask, int il);
+
 // llm_graph_context::build_attn_mha: the same for what attention gives, where values are fitted
 //   out: [n_embd_head_v*n_head, n_tokens]
 void laq_graph_capture_output(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor * out, int il);

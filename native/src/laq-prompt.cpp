@@ -43,6 +43,12 @@ static void decode(laq_cache & laq, int32_t seq_id, const llama_token * tokens, 
     }
 }
 
+// most tokens that are decoded at once
+static uint32_t n_batch_of(const laq_cache & laq, int32_t seq_id) {
+    const uint32_t n = laq.ctx->n_batch();
+    return laq.seqs[seq_id].attending ? std::min(n, laq_cache::N_ATTEND) : n;
+}
+
 // One pass over tokens that say nothing: their queries know only where they stand. Returns how many.
 static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id, uint32_t n) {
     const llama_vocab & vocab = laq.ctx->get_model().vocab;
@@ -51,7 +57,7 @@ static uint32_t decode_placeholders(laq_cache & laq, int32_t seq_id, uint32_t n)
 
     const int64_t t0 = ggml_time_us();
     for (uint32_t i = 0; i < n;) {
-        const uint32_t n_batch = std::min(n - i, laq.ctx->n_batch());
+        const uint32_t n_batch = std::min(n - i, n_batch_of(laq, seq_id));
         decode(laq, seq_id, tokens.data() + i, n_batch);
         i += n_batch;
     }
@@ -154,7 +160,7 @@ static void read_again(laq_cache & laq, int32_t seq_id, const std::vector<llama_
     const int64_t t0 = ggml_time_us();
     forget_from(laq, seq_id, n_prompt - n);
     for (int32_t i = 0, n_now; i < n; i += n_now) {
-        n_now = std::min<int32_t>(n - i, laq.ctx->n_batch());
+        n_now = std::min<int32_t>(n - i, n_batch_of(laq, seq_id));
         decode(laq, seq_id, tail.data() + i, n_now);
     }
     laq.ctx->synchronize();
@@ -238,14 +244,69 @@ static laq_chunk plan_part(const laq_cache & laq, int32_t seq_id, uint32_t n_tok
     return laq_plan_chunk(&p, n_cells, laq.n_used(), laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
 }
 
+//
+// a prompt that is read in view of its archive
+//
+
+// The end of the conversation, as far as it was decoded in view of the cells alone: an answer.
+static void read_answer_again(laq_cache & laq, int32_t seq_id) {
+    const int32_t n_end   = laq.n_tokens(seq_id);
+    const int32_t n_exact = laq.seqs[seq_id].n_exact;
+    if (n_exact < n_end) {
+        const uint32_t n = std::min<uint32_t>(n_end - n_exact, laq.params.n_reread);
+        read_again(laq, seq_id, laq.recall->tail(laq, seq_id, n_end, n));
+    }
+    laq.seqs[seq_id].n_exact = INT32_MAX;
+}
+
+// What is in the cells meanwhile makes no difference: the fewer evictions, the better.
+static laq_chunk plan_attending(const laq_cache & laq, int32_t seq_id, uint32_t n_tokens) {
+    const uint32_t n_cells    = laq.n_cells() - std::min(laq.n_cells(), laq_policy_ahead(laq.params));
+    const uint32_t n_resident = laq.n_resident(seq_id);
+    laq_params     p          = laq.params_of(seq_id);
+
+    p.policy       = LAQ_POLICY_SNAPKV;  // no probe
+    laq_chunk plan = laq_plan_chunk(&p, n_cells, laq.n_used(), n_resident, n_tokens, laq.ctx->n_batch());
+    if (plan.n_evict > 0) {
+        plan.n_evict  = n_resident - laq.params.n_kv_budget;
+        plan.n_tokens = std::min(n_tokens, laq.ctx->n_batch());
+    }
+    if (plan.n_evict > 0 || laq.seqs[seq_id].n_intact > 0) {
+        plan.n_tokens = std::min(plan.n_tokens, laq_cache::N_ATTEND);
+    }
+    const uint32_t n_free = n_cells - std::min(n_cells, laq.n_used() - plan.n_evict);
+    plan.n_tokens         = std::min(plan.n_tokens, n_free);
+    return plan;
+}
+
+// the last tokens stay, without a look at any: all of them are in the archive
+static void make_room_attending(laq_cache & laq, int32_t seq_id, const laq_chunk & plan) {
+    if (plan.n_evict == 0) {
+        return;
+    }
+    const int32_t n_end = laq.n_tokens(seq_id);
+    laq.run_update([&] {
+        laq.evict(
+            { seq_id, laq.n_resident(seq_id) - plan.n_evict, { 0, 0 }, false, laq.intact_from(seq_id, n_end), n_end });
+    });
+    laq.seqs[seq_id].attending = laq.may_attend(seq_id);
+}
+
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens) {
-    const laq_params p      = laq.params_of(seq_id);
-    const uint32_t   n_part = n_part_of(laq, seq_id);
-    const auto       plan   = [&] {
-        return n_part > 0 ? plan_part(laq, seq_id, n_tokens, n_part)
-                          : laq_plan_chunk(&p, laq.n_cells(), laq.n_used(), laq.n_resident(seq_id), n_tokens,
-                                           laq.ctx->n_batch());
+    const laq_params p       = laq.params_of(seq_id);
+    const bool       attends = laq.may_attend(seq_id);
+    const uint32_t   n_part  = attends ? 0 : n_part_of(laq, seq_id);
+    const auto       plan    = [&] {
+        return attends      ? plan_attending(laq, seq_id, n_tokens)
+               : n_part > 0 ? plan_part(laq, seq_id, n_tokens, n_part)
+                            : laq_plan_chunk(&p, laq.n_cells(), laq.n_used(), laq.n_resident(seq_id), n_tokens,
+                                             laq.ctx->n_batch());
     };
+    laq.seqs[seq_id].attending = attends;
+    if (attends) {
+        laq.seqs[seq_id].remembers = false;
+        read_answer_again(laq, seq_id);
+    }
     if (n_part > 0 && laq.seqs[seq_id].in_parts) {
         read_part_again(laq, seq_id, n_part);
     }
@@ -265,7 +326,11 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
     const auto pending = std::exchange(laq.seqs[seq_id].pending, std::nullopt);
     laq.seqs[seq_id].remembers &= !pending;
     try {
-        make_room_for(laq, seq_id, tokens, n_tokens, chunk);
+        if (attends) {
+            make_room_attending(laq, seq_id, chunk);
+        } else {
+            make_room_for(laq, seq_id, tokens, n_tokens, chunk);
+        }
     } catch (...) {
         laq.seqs[seq_id].pending = pending;
         throw;

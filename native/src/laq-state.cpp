@@ -106,6 +106,8 @@ void laq_kv_state_write(const laq_cache & laq, llama_io_write_i & io, int32_t se
         put<int32_t>(io, seq.pending ? seq.pending->n_prompt : -1);
         put<uint32_t>(io, seq.fitted);
         put<uint32_t>(io, seq.in_parts);
+        put(io, seq.n_exact);
+        put<uint32_t>(io, seq.attending);
         write_origin(laq, io, s);
         write_ring(laq, io, s);
         write_archive(laq, io);
@@ -261,8 +263,10 @@ void laq_kv_state_read(laq_cache & laq, llama_io_read_i & io, int32_t seq_id) {
         if (n_prompt >= 0) {
             s.pending = laq_pending{ n_prompt };
         }
-        s.fitted   = get<uint32_t>(io) != 0;
-        s.in_parts = get<uint32_t>(io) != 0;
+        s.fitted    = get<uint32_t>(io) != 0;
+        s.in_parts  = get<uint32_t>(io) != 0;
+        s.n_exact   = get<int32_t>(io);
+        s.attending = get<uint32_t>(io) != 0;
         read_origin(laq, io, s);
         read_ring(laq, io, s);
         read_archive(laq, io, s);
@@ -295,6 +299,8 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.remembers = saved.remembers;
         seq.in_parts  = saved.in_parts;
         seq.fitted    = saved.fitted;
+        seq.n_exact   = saved.n_exact;
+        seq.attending = saved.attending && laq.can_attend;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
         }

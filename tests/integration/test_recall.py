@@ -15,6 +15,8 @@ from laq_gguf.errors import LaqNativeError
 from tolerances import assert_nmse
 
 SETTINGS = {"kv_budget": 64, "kv_staging": 192, "kv_recall": "ram"}
+#: as where the cells are on a device
+CELLS = {**SETTINGS, "recall_read": "cells"}
 
 
 def last_logits(llm: Any) -> Any:
@@ -54,7 +56,7 @@ def test_evicted_tokens_come_back(
 def test_rounds_read_the_end_of_the_message_again(
     tiny_gguf: Callable[..., Path], rounds: int
 ) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", recall_rounds=rounds, **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", recall_rounds=rounds, **CELLS)
     prompt = turn(llm, [], 1, 230)
     first = llm.kv_stats()
     turn(llm, prompt, 2)
@@ -70,7 +72,7 @@ def test_rounds_read_the_end_of_the_message_again(
 def test_the_answer_before_the_message_is_read_again(
     tiny_gguf: Callable[..., Path], size: int, n_reread: int
 ) -> None:
-    settings = {**SETTINGS, "kv_budget": 168, "kv_staging": 344, "reread_size": size}
+    settings = {**CELLS, "kv_budget": 168, "kv_staging": 344, "reread_size": size}
     llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **settings)
     prompt = turn(llm, [], 1, 400)
     assert llm.kv_stats().n_reread == 0
@@ -84,7 +86,7 @@ def test_a_message_brings_together_what_is_looked_ahead_from(
     tiny_gguf: Callable[..., Path], budget: int, staging: int, n_draft: int
 ) -> None:
     size = {"kv_budget": budget, "kv_staging": staging}
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **{**SETTINGS, **size})
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **{**CELLS, **size})
     assert llm.kv_stats().n_cells == 256
     turn(llm, [], 1, 230)
     llm.eval(tokens_of(40, seed=2))
@@ -131,7 +133,7 @@ IN_PARTS = {"n_parts": 3, "part": 40}
 def test_a_prompt_that_does_not_fit_is_read_twice_where_values_are_fitted(
     tiny_gguf: Callable[..., Path], settings: dict[str, Any]
 ) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS, **settings)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **CELLS, **settings)
     before = llm.kv_stats()
     llm.eval(tokens_of(400, seed=1))
     stats = llm.kv_stats()
@@ -142,17 +144,17 @@ def test_a_prompt_that_does_not_fit_is_read_twice_where_values_are_fitted(
         assert stats.n_probe == 0
         assert stats.n_recalls == IN_PARTS["n_parts"] + 2, "the end is read again twice"
         n_parts = IN_PARTS["n_parts"] * IN_PARTS["part"]
-        assert stats.n_reread == n_parts + 2 * SETTINGS["kv_budget"] // 4
+        assert stats.n_reread == n_parts + 2 * CELLS["kv_budget"] // 4
     for name in ("kv_bytes", "ring_bytes", "compute_bytes", "n_cells"):
         assert getattr(stats, name) == getattr(before, name), f"{name}: nothing is allocated"
 
 
 def test_a_prompt_that_was_set_aside_goes_on_in_parts(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **CELLS)
     llm.eval(tokens_of(400, seed=1))
     n_reread, wanted = llm.kv_stats().n_reread, last_logits(llm)
 
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **CELLS)
     laq, prompt_next = llm._laq, llm._laq.prompt_next
 
     def set_aside(left: Any) -> int:
@@ -173,11 +175,11 @@ def test_a_prompt_that_was_set_aside_goes_on_in_parts(tiny_gguf: Callable[..., P
 def test_a_message_that_was_read_twice_is_looked_ahead_from_twice(
     tiny_gguf: Callable[..., Path], settings: dict[str, Any], n_recalls: int
 ) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **SETTINGS, **settings)
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **CELLS, **settings)
     llm.eval(tokens_of(400, seed=1))
     stats = llm.kv_stats()
     assert stats.n_recalls + stats.n_recalls_skipped == n_recalls
-    assert stats.n_tokens == 400 and stats.n_resident == SETTINGS["kv_budget"]
+    assert stats.n_tokens == 400 and stats.n_resident == CELLS["kv_budget"]
     n_recalled = stats.n_recalls
     turn(llm, tokens_of(400, seed=1), 2, 20)
     assert llm.kv_stats().n_recalls <= n_recalled + 2, "a short message is not"
@@ -192,7 +194,7 @@ def test_what_is_read_twice_is_nearly_what_it_is_in_view_of_all(
     wanted = last_logits(whole)
     error = {}
     for rounds in (0, 1):
-        llm = open_llama(tiny_gguf("llama"), lookahead="deferred", recall_rounds=rounds, **SETTINGS)
+        llm = open_llama(tiny_gguf("llama"), lookahead="deferred", recall_rounds=rounds, **CELLS)
         llm.eval(prompt)
         error[rounds] = float(np.square(last_logits(llm) - wanted).mean())
     assert error[1] < 0.25 * error[0]

@@ -92,7 +92,7 @@ class Setup:
                 **RULES,
                 **self.rules,
                 **self.context,
-                **self.archive,
+                **({"recall_read": "cells", **self.archive} if self.archive else {}),
                 **changes,
             },
         )
