@@ -142,6 +142,14 @@ class Cells:
         """The origin table: (n_layer, n_head_kv, n_resident), sorted along the last axis."""
         return np.stack([layer.positions for layer in self.layers])
 
+    def visible(
+        self, il: int, n_tokens: int
+    ) -> tuple[npt.NDArray[np.int32], FloatArray, FloatArray]:
+        """What n_tokens more attend to of what there is: positions (n_head_kv, n), k and v
+        (n_head_kv, n, d)."""
+        layer = self.layers[il]
+        return layer.positions, layer.k, layer.v
+
     def fits(self, n_tokens: int, n_freed: int = 0) -> bool:
         """Whether n_tokens more find cells once n_freed are free."""
         return self.n_cells is None or self.n_used - n_freed + n_tokens <= self.n_cells

@@ -16,6 +16,11 @@ known of the question: no probes. For each next chunk of a prompt, with n_left t
     append the next chunk.n_tokens
 
 At its end, as often as `message_again` says, the same with `choose_for_message`; then `prompt_end`.
+
+Where the archive can be attended to while a prompt is read (`reads_archive`), none of that is
+needed: the prompt, and the lookahead from its end, are decoded in view of all tokens (`visible`),
+and the lookahead alone chooses. Only an answer was generated in view of the cells alone: it is read
+again before the next prompt (`attend`).
 """
 
 from __future__ import annotations
@@ -23,11 +28,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from .attention import FloatArray
 from .cells import Tokens
 from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk, reread_size
 from .reselect import ReselectCache
 from .select import PolicyParams, query_range
 from .values import FIT_QUERIES
+
+#: Most tokens that are decoded at once in view of the archive.
+N_ATTEND = 128
 
 
 @dataclass(frozen=True)
@@ -53,26 +65,92 @@ class RecallCache(ReselectCache):
         recall_rounds: times that a message chooses for itself; 0: it does not, and no prompt is
             read twice.
         n_reread: tokens at the end of a conversation that are read again with it, at most.
+        reads_archive: a prompt is read in view of its archive.
         others: of ReselectCache.
     Attributes:
         in_parts: the prompt that is being read did not fit: it is read twice.
+        attending: what is decoded now is decoded in view of the archive, too; an eviction ends it.
+        n_exact: tokens from here on were decoded in view of the cells alone; None: none were.
     """
 
     def __init__(
-        self, params: PolicyParams, *, recall_rounds: int = 1, n_reread: int = 256, **others: Any
+        self,
+        params: PolicyParams,
+        *,
+        recall_rounds: int = 1,
+        n_reread: int = 256,
+        reads_archive: bool = False,
+        **others: Any,
     ) -> None:
         self.recall_rounds, self.n_reread = recall_rounds, n_reread
+        self.reads_archive = reads_archive
         super().__init__(params, **others)
 
     def clear(self) -> None:
         super().clear()
-        self.in_parts = False
+        self.in_parts = self.attending = False
+        self.n_exact: int | None = None
 
     def snapshot(self, archive: bool = True) -> dict[str, Any]:
-        return {**super().snapshot(archive), "in_parts": self.in_parts}
+        own = {name: getattr(self, name) for name in ("in_parts", "attending", "n_exact")}
+        return {**super().snapshot(archive), **own}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        super().restore({"in_parts": False, **snapshot})
+        super().restore({"in_parts": False, "attending": False, "n_exact": None, **snapshot})
+
+    def remove(self, p0: int, p1: int = -1) -> bool:
+        done = super().remove(p0, p1)
+        if done and self.n_exact is not None and p0 <= self.n_exact:
+            self.n_exact = None
+        return done
+
+    @property
+    def may_attend(self) -> bool:
+        """Whether a prompt can be read in view of the archive: it has all that left the cells."""
+        complete = len(self.archive.positions) == self.n_intact
+        return self.reads_archive and complete and self._may_recall("turn")
+
+    def attends(self, n_tokens: int) -> bool:
+        """Whether so many tokens are decoded in view of the archive as well."""
+        is_due = self.attending and self.n_intact > 0 and n_tokens <= N_ATTEND
+        return is_due and self.may_attend
+
+    def visible(
+        self, il: int, n_tokens: int
+    ) -> tuple[npt.NDArray[np.int32], FloatArray, FloatArray]:
+        """What n_tokens more attend to of what there is: positions (n_head_kv, n), k and v
+        (n_head_kv, n, d). In view of the archive, what left the intact suffix comes from there."""
+        positions, k, v = super().visible(il, n_tokens)
+        if not self.attends(n_tokens):
+            return positions, k, v
+        # the suffix is the same cells in every head
+        suffix = positions[0] >= self.n_intact
+        positions = np.concatenate([self.archive.positions, positions[0, suffix]])
+        return (
+            np.tile(positions, (self.n_head_kv, 1)),
+            np.concatenate([self.archive.k[il], k[:, suffix]], axis=1),
+            np.concatenate([self.archive.v[il], v[:, suffix]], axis=1),
+        )
+
+    def append(self, tokens: Tokens) -> None:
+        self.prepare(len(tokens))
+        if self.recall_when is not None and self.n_intact > 0 and not self.attends(len(tokens)):
+            self.n_exact = self.n_tokens if self.n_exact is None else self.n_exact
+        self._append(tokens)
+
+    def attend(self) -> int:
+        """Comes before each `plan` of a prompt: it is read in view of the archive, if that can be.
+        Last tokens that are to be removed and read again first, at most; `answer_read` then."""
+        self.attending = self.may_attend
+        if not self.attending:
+            return 0
+        self.remembers = False
+        n_answer = 0 if self.n_exact is None else max(self.n_tokens - self.n_exact, 0)
+        return min(n_answer, self.n_reread)
+
+    def answer_read(self) -> None:
+        """What could be read again has been."""
+        self.n_exact = None if self.attending else self.n_exact
 
     @property
     def part_size(self) -> int:
@@ -114,6 +192,8 @@ class RecallCache(ReselectCache):
     def plan(self, n_left: int) -> ChunkPlan:
         """As KVCache's, where no part is read twice. Otherwise the next part, or as many tokens as
         there are cells for before anything goes."""
+        if self.attending:
+            return self._plan_attending(n_left)
         n_part = self.part_size
         if n_part == 0:
             return super().plan(n_left)
@@ -131,6 +211,26 @@ class RecallCache(ReselectCache):
             n_batch=self.n_batch,
         )
 
+    def _plan_attending(self, n_left: int) -> ChunkPlan:
+        """What is in the cells meanwhile makes no difference: the fewer evictions, the better."""
+        if self.n_cells is None:
+            return ChunkPlan(min(n_left, self.n_batch))
+        n_cells = max(self.n_cells - self.params.ahead, 0)
+        plan = plan_chunk(
+            replace(self.params, policy="snapkv", chunk_size=self._chunk_size()),  # no probe
+            n_cells=n_cells,
+            n_used=self.n_used,
+            n_resident=self.n_resident,
+            n_left=n_left,
+            n_batch=self.n_batch,
+        )
+        n_tokens, n_evict = plan.n_tokens, plan.n_evict
+        if n_evict > 0:
+            n_tokens, n_evict = min(n_left, self.n_batch), self.n_resident - self.params.budget
+        if n_evict > 0 or self.n_intact > 0:
+            n_tokens = min(n_tokens, N_ATTEND)
+        return ChunkPlan(min(n_tokens, max(n_cells - (self.n_used - n_evict), 0)), n_evict)
+
     def make_room(
         self,
         n_evict: int,
@@ -139,23 +239,28 @@ class RecallCache(ReselectCache):
         *,
         goes_on: bool = False,
     ) -> None:
-        """As KVCache's; where a part is read twice, n_evict go by the last tokens decoded and there
-        is no probe.
+        """As KVCache's; where a part is read twice, n_evict go by the last tokens decoded, where it
+        is read in view of the archive, the oldest: there is no probe.
 
         Args:
             goes_on: tokens of the prompt are left after the ones that there is room made for.
         """
-        n_part = self.part_size
-        if n_part == 0:
+        attending = self.attending
+        if not attending and self.part_size == 0:
             super().make_room(n_evict, probe, n_probe)
             return
         if not 0 <= n_evict <= self.n_over:
             raise ValueError(f"n_evict must be from 0 to {self.n_over}, got {n_evict}")
         self.remembers &= not self.pending  # those were probes of another prompt
-        if n_evict > 0:
-            self.evict(self.n_resident - n_evict)
-        self.pending = False
-        self.in_parts |= goes_on
+        n_keep = self.n_resident - n_evict
+        if n_evict > 0 and attending:
+            n_intact = self._intact(self.n_tokens)
+            check_pinned(self.params, n_keep, n_intact, self.n_tokens)
+            self._evict(n_keep, n_intact, (0, 0), self.n_tokens)
+        elif n_evict > 0:
+            self.evict(n_keep)
+        self.pending, self.attending = False, attending
+        self.in_parts |= goes_on and not attending
 
     def message_again(self) -> Again:
         """Before `prompt_end`. Not where probes have looked for the message, and ahead of it: what
@@ -166,7 +271,7 @@ class RecallCache(ReselectCache):
         n_tokens = reread_size(self.params, self.n_reread)
         if self.in_parts:
             n_tokens = min(n_tokens, self.params.n_queries)
-        n_rounds = self.recall_rounds if self.recalls("turn") else 0
+        n_rounds = self.recall_rounds if self.recalls("turn") and not self.attending else 0
         if probed and n_rounds > 0:
             n_rounds = n_rounds + 1 if self.fits_to_archive else 0
         return Again(n_rounds, n_tokens, probed)
@@ -209,6 +314,11 @@ class RecallCache(ReselectCache):
     def prompt_end(self, pseudo: Tokens | None = None) -> None:
         super().prompt_end(pseudo)
         self.in_parts = False
+        self.attending &= self.pending
+
+    def _evict(self, *eviction: Any, **others: Any) -> None:
+        self.attending = False
+        super()._evict(*eviction, **others)
 
     def _n_draft(self) -> int:
         if self.n_cells is None:

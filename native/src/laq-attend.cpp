@@ -46,7 +46,7 @@ bool laq_cache::may_attend(int32_t seq_id) const {
 
 bool laq_cache::attends(const llama_ubatch & ubatch) const {
     const laq_seq & seq = seqs[0];
-    return reserving || (seq.attending && seq.n_intact > 0 && !probing && ubatch.n_tokens <= N_ATTEND);
+    return reserving || (seq.attending && seq.n_intact > 0 && !probing && ubatch.n_tokens <= N_ATTEND && may_attend(0));
 }
 
 uint32_t laq_cache::n_attended_to() const {

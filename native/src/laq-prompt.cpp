@@ -289,7 +289,6 @@ static void make_room_attending(laq_cache & laq, int32_t seq_id, const laq_chunk
         laq.evict(
             { seq_id, laq.n_resident(seq_id) - plan.n_evict, { 0, 0 }, false, laq.intact_from(seq_id, n_end), n_end });
     });
-    laq.seqs[seq_id].attending = laq.may_attend(seq_id);
 }
 
 uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens) {
@@ -336,6 +335,7 @@ uint32_t laq_read_on(laq_cache & laq, int32_t seq_id, const int32_t * tokens, ui
         throw;
     }
     laq.seqs[seq_id].in_parts |= n_part > 0 && chunk.n_tokens < n_tokens;
+    laq.seqs[seq_id].attending = attends;  // an eviction ends it
     return chunk.n_tokens;
 }
 

@@ -300,7 +300,7 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.in_parts  = saved.in_parts;
         seq.fitted    = saved.fitted;
         seq.n_exact   = saved.n_exact;
-        seq.attending = saved.attending && laq.can_attend;
+        seq.attending = saved.attending;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
         }

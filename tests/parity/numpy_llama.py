@@ -88,16 +88,15 @@ class NumpyLlama:
         positions = np.arange(cache.n_tokens, cache.n_tokens + n, dtype=np.int32)
         x = self.tensors["token_embd.weight"][ids]
         made = []
-        for il, layer in enumerate(cache.layers):
+        for il in range(cache.n_layer):
+            seen, old_k, old_v = cache.visible(il, n)
             h = _norm(x, self._weight("attn_norm", il), self.eps)
             q, k, v = ((h @ self._weight(f"attn_{c}", il).T).reshape(n, -1, self.d) for c in "qkv")
             q, k = _rope(q, positions, self.base), _rope(k, positions, self.base)
             made.append((k, v, q))
-            seen = np.concatenate(
-                [layer.positions, np.broadcast_to(positions, (self.n_head_kv, n))], axis=1
-            )
-            keys = np.concatenate([layer.k, k.swapaxes(0, 1)], axis=1)
-            values = np.concatenate([layer.v, v.swapaxes(0, 1)], axis=1)
+            seen = np.concatenate([seen, np.broadcast_to(positions, (self.n_head_kv, n))], axis=1)
+            keys = np.concatenate([old_k, k.swapaxes(0, 1)], axis=1)
+            values = np.concatenate([old_v, v.swapaxes(0, 1)], axis=1)
             mask = causal_mask(positions, seen).astype(np.float64)
             attended = self._attend(q, keys, values, mask).reshape(n, -1)
             x = x + attended @ self._weight("attn_output", il).T

@@ -77,6 +77,7 @@ class Mirror:
             recall=recall,
             recall_rounds=llm.recall_config.recall_rounds,
             n_reread=llm.recall_config.reread_size,
+            reads_archive=llm.recall_config.recall_read != "cells",
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
@@ -156,27 +157,38 @@ class Mirror:
         def model(n_chunk: int | None) -> None:
             if len(tokens) == 0 or self.cache.n_tokens + len(tokens) > self.first.n_ctx:
                 raise ValueError("no tokens, or too many")
-            part = self._tail(self.cache.part_again())
-            if part and self.cache.choose_for_part(len(part)):
-                self._decode_again(part)
+            n_again = self._before_chunk()
             try:
                 self._read_on(tokens, n_chunk)
             finally:
-                self._adopt(len(part))
+                self._adopt(n_again)
 
         return self._both(lambda: self._call["prompt_next"](tokens), model)
 
+    def _before_chunk(self) -> int:
+        """Last tokens that were read again, not adopted yet."""
+        answer = self._tail(self.cache.attend())
+        if answer:
+            self._decode_again(answer)
+        self.cache.answer_read()
+        part = [] if self.cache.attending else self._tail(self.cache.part_again())
+        if part and self.cache.choose_for_part(len(part)):
+            self._decode_again(part)
+        return len(answer) + len(part)
+
     def _read_on(self, tokens: npt.NDArray[np.int32], n_chunk: int | None) -> None:
         cache, n_left = self.cache, len(tokens)
-        plan = cache.plan(n_left)
+        plan, attending = cache.plan(n_left), cache.attending
         if plan.n_tokens == 0 and cache.n_over:
             cache.overflow()
+            cache.attending = attending
             plan = cache.plan(n_left)
         if plan.n_tokens == 0:
             raise ValueError("no cells")
         assert n_chunk in (None, plan.n_tokens), f"reads {n_chunk} tokens on, not {plan}"
         probe, n_probe = None, self.after.n_probe - self.before.n_probe
-        if plan.n_evict and cache.params.needs_lookahead and not cache.part_size:
+        probes = cache.params.needs_lookahead and not (cache.attending or cache.part_size)
+        if plan.n_evict and probes:
             assert n_probe == plan.n_probe
             probe = self._probe(tokens[n_left - n_probe :])
             self.logits = None
@@ -190,7 +202,8 @@ class Mirror:
 
         def model(_: Any) -> None:
             n_again = self._choose_for_message()
-            tail = self._tail(params.window) if looks_ahead and n_again == 0 else []
+            reads_again = looks_ahead and n_again == 0 and not cache.attending
+            tail = self._tail(params.window) if reads_again else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)
             self._note([0] * (self.after.n_pseudo - self.before.n_pseudo))

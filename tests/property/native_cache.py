@@ -42,8 +42,8 @@ class NativeCache(RecallCache):
     def fork(self) -> NativeCache:
         """A copy that takes any number of tokens."""
         fork = copy.deepcopy(self)
-        fork.n_cells, fork.n_ring, fork.pending, fork.recall_when = None, None, False, None
-        fork.fits_to_archive = False
+        fork.n_cells, fork.n_ring, fork.pending, fork.fits_to_archive = None, None, False, False
+        fork.recall_when = self.recall_when if self.attending else None
         return fork
 
     def append(self, tokens: Tokens) -> None:

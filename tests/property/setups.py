@@ -215,6 +215,52 @@ SETUPS = (
             "recall_device": "device",
         },
     ),
+    Setup(
+        "archive attended to, fitted",
+        "laq++",
+        cache_type="f32",
+        rules=FITTED,
+        context=NO_FA,
+        archive={"kv_recall": "ram", "recall": "turn", "recall_read": "archive"},
+    ),
+    Setup(
+        "archive attended to, pseudo, pinned",
+        "laq++",
+        rules={**FITTED, **PSEUDO, "pinned": ((40, 50),)},
+        compaction="graph",
+        # of two choices for a prompt that was not announced, a mirror cannot tell which was skipped
+        archive={
+            "kv_recall": "ram",
+            "recall": "always",
+            "recall_read": "archive",
+            "recall_rounds": 0,
+        },
+    ),
+    Setup(
+        "archive attended to, snapkv, q8_0, disk",
+        "snapkv",
+        cache_type="q8_0",
+        archive={
+            "kv_recall": "disk",
+            "recall": "turn",
+            "recall_read": "archive",
+            "recall_rounds": 0,
+            "reread_size": 9,
+        },
+    ),
+    Setup(
+        "archive attended to, laq",
+        "laq",
+        cache_type="f32",
+        context=NO_FA,
+        archive={
+            "kv_recall": "ram",
+            "kv_recall_limit": "64KiB",
+            "recall": "turn",
+            "recall_read": "auto",
+            "recall_device": "device",
+        },
+    ),
     Setup("recall when told", "laq", archive={"kv_recall": "ram", "recall": "never"}),
     Setup("full", "full", context={"n_ctx": 512}),
 )

@@ -13,7 +13,12 @@ from reference.made import SHAPE, check_cells, make_room, tokens
 
 
 def opened(
-    *, n_cells: int | None = None, recall: str | None = "turn", recall_rounds: int = 1, **params
+    *,
+    n_cells: int | None = None,
+    recall: str | None = "turn",
+    recall_rounds: int = 1,
+    reads_archive: bool = False,
+    **params,
 ) -> RecallCache:
     rules = {
         "budget": 32,
@@ -23,8 +28,8 @@ def opened(
         "value_fit": 0,
     }
     made = PolicyParams(**{**rules, **params})
-    rounds = {"recall": recall, "recall_rounds": recall_rounds}
-    return RecallCache(made, **rounds, **SHAPE, n_cells=n_cells, n_batch=32)
+    own = {"recall": recall, "recall_rounds": recall_rounds, "reads_archive": reads_archive}
+    return RecallCache(made, **own, **SHAPE, n_cells=n_cells, n_batch=32)
 
 
 def say(cache: RecallCache, n: int, seed: int = 0) -> None:
@@ -229,3 +234,64 @@ def test_the_first_of_two_lookaheads_keeps_what_the_second_is_generated_from() -
     assert (cache.layers[0].positions[:, -1] == n_prompt - 1).all(), "what was ahead is dropped"
     cache.prompt_end(tokens(8, seed=4, first=n_prompt))
     assert (cache.n_tokens, cache.n_resident) == (n_prompt, cache.params.budget)
+
+
+def read_attending(cache: RecallCache, n_left: int) -> list[int]:
+    """A prompt but its end; the sizes of its chunks."""
+    sizes = []
+    while n_left:
+        if n := cache.attend():
+            assert cache.remove(cache.n_tokens - n)
+            cache.append(tokens(n, first=cache.n_tokens))
+        cache.answer_read()
+        chunk = cache.plan(n_left)
+        assert chunk.n_probe == 0
+        cache.make_room(chunk.n_evict, goes_on=chunk.n_tokens < n_left)
+        cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
+        n_left -= chunk.n_tokens
+        sizes.append(chunk.n_tokens)
+    return sizes
+
+
+@pytest.mark.parametrize("value_fit", [0, 0.01])
+def test_a_prompt_is_read_in_view_of_its_archive(value_fit: float) -> None:
+    cache = opened(n_cells=100, reads_archive=True, value_fit=value_fit)
+    sizes = read_attending(cache, 500)
+    assert max(sizes) <= 32 and len(sizes) < 20
+    assert cache.n_recalls == 0 and cache.attends(8) and not cache.attends(129)
+    everything = tokens(500, first=0)
+    for il in range(cache.n_layer):
+        positions, k, v = cache.visible(il, 8)
+        assert (positions == np.arange(500)).all() and k.shape == v.shape
+        np.testing.assert_array_equal(v, everything.v[il].swapaxes(0, 1))
+    assert cache.message_again().n_rounds == 0, "it was read in view of all there is"
+    assert cache.n_resident + 8 <= 100
+    cache.prompt_end(tokens(8, seed=2, first=500))
+    assert (cache.n_tokens, cache.n_resident, cache.n_recalls) == (500, 32, 1)
+    assert not cache.attends(8), "the answer comes from the cells alone"
+    assert cache.visible(0, 8)[0].shape[1] == 32
+
+
+def test_an_answer_is_read_again_before_the_next_prompt() -> None:
+    cache = opened(n_cells=100, reads_archive=True)
+    read_attending(cache, 200)
+    cache.prompt_end(tokens(8, seed=2, first=200))
+    cache.append(tokens(20, first=200))
+    assert cache.n_exact == 200
+    assert opened(n_cells=100).n_exact is None
+    other = opened(n_cells=100, reads_archive=True)
+    other.restore(cache.snapshot())
+    other.n_reread = 7
+    assert (cache.attend(), other.attend()) == (20, 7)
+    assert cache.remove(200) and cache.n_exact is None
+    cache.append(tokens(20, first=200))
+    assert cache.n_exact is None, "in view of all"
+
+
+def test_without_a_whole_archive_the_cells_are_all_there_is() -> None:
+    cache = opened(n_cells=100, reads_archive=True)
+    read_attending(cache, 200)
+    bare = cache.snapshot(archive=False)
+    cache.restore(bare)
+    assert not cache.may_attend and not cache.attends(1)
+    assert cache.attend() == 0

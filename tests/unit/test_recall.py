@@ -22,6 +22,8 @@ from laq_gguf.recall import RecallConfig
         ({"kv_recall_type": "q8_0"}, 'give kv_recall="ram"'),
         ({"kv_recall": "ram", "recall_device": "gpu"}, "must be one of auto, cpu, device"),
         ({"kv_recall": "ram", "recall_device": None}, "recall_device must be one of"),
+        ({"kv_recall": "ram", "recall_read": "all"}, "must be one of auto, archive, cells"),
+        ({"recall_read": "cells"}, 'recall_read is of the archive.*give kv_recall="ram"'),
         ({"recall_device": "cpu"}, 'recall_device is of the archive.*give kv_recall="ram"'),
     ],
 )

@@ -1,0 +1,164 @@
+"""A prompt that is read in view of its archive gives what a cache with room for all gives."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import device
+from integration.decoding import greedy, open_llama, tokens_of
+from integration.test_archive import file_of_archive
+from integration.test_recall import SETTINGS, last_logits, turn
+from laq_gguf.errors import LaqUnsupportedError
+from parity.rows import ggml_type
+from tolerances import assert_nmse
+
+pytestmark = pytest.mark.skipif(not device.ON_CPU, reason="of cells in host memory")
+
+N_PROMPT = 700
+#: of logits: as far as another order of the same sums takes them
+NMSE = 1e-8
+
+
+def whole(tiny_gguf: Callable[..., Path], prompt: list[int], **settings: Any) -> Any:
+    """Room for all of the prompt."""
+    rules = {"n_ctx": 1536, "kv_budget": 1280, "kv_staging": 256, "kv_policy": "full"}
+    llm = open_llama(tiny_gguf("llama"), **{**rules, **settings})
+    llm.eval(prompt)
+    return llm
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize(
+    "archive", [{}, {"kv_recall": "disk"}, {"kv_recall_limit": "64KiB"}], ids=str
+)
+def test_logits_are_those_of_the_whole_cache(
+    tiny_gguf: Callable[..., Path], flash_attn: bool, archive: dict[str, Any]
+) -> None:
+    prompt = tokens_of(N_PROMPT, seed=1)
+    wanted = last_logits(whole(tiny_gguf, prompt, flash_attn=flash_attn))
+    llm = open_llama(tiny_gguf("llama"), flash_attn=flash_attn, **{**SETTINGS, **archive})
+    before = llm.kv_stats()
+    llm.eval(prompt)
+    stats = llm.kv_stats()
+    assert_nmse(last_logits(llm), wanted, NMSE, "logits")
+    assert stats.n_attended > 400 and stats.n_decoded == N_PROMPT
+    assert stats.n_probe == stats.n_recalls == stats.n_lost == 0
+    for name in ("kv_bytes", "ring_bytes", "compute_bytes", "n_cells"):
+        assert getattr(stats, name) == getattr(before, name), f"{name}: nothing is allocated"
+
+
+@pytest.mark.parametrize("cache_type", ["q8_0", "f32"])
+def test_cells_of_other_types(tiny_gguf: Callable[..., Path], cache_type: str) -> None:
+    types = {"type_k": ggml_type(cache_type), "type_v": ggml_type(cache_type)}
+    prompt = tokens_of(N_PROMPT, seed=1)
+    wanted = last_logits(whole(tiny_gguf, prompt, **types))
+    llm = open_llama(tiny_gguf("llama"), **SETTINGS, **types)
+    llm.eval(prompt)
+    assert_nmse(last_logits(llm), wanted, NMSE, "logits")
+
+
+def test_an_archive_of_a_smaller_type_costs_what_it_rounds(tiny_gguf: Callable[..., Path]) -> None:
+    prompt = tokens_of(N_PROMPT, seed=1)
+    wanted = last_logits(whole(tiny_gguf, prompt))
+    llm = open_llama(tiny_gguf("llama"), kv_recall_type="q8_0", **SETTINGS)
+    llm.eval(prompt)
+    cells = open_llama(tiny_gguf("llama"), recall_read="cells", **SETTINGS)
+    cells.eval(prompt)
+    error = [float(np.square(last_logits(x) - wanted).mean()) for x in (llm, cells)]
+    assert 0 < error[0] < 0.05 * error[1]
+
+
+def test_the_first_tokens_of_an_answer_are_the_whole_cache_s(
+    tiny_gguf: Callable[..., Path],
+) -> None:
+    prompt = tokens_of(N_PROMPT, seed=1)
+    full = whole(tiny_gguf, prompt)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm.eval(prompt)
+    for token in tokens_of(8, seed=2):
+        assert llm.kv_stats().pending
+        for each in (llm, full):
+            each.eval([token])
+        assert_nmse(last_logits(llm), last_logits(full), NMSE, "logits")
+    n_attended = llm.kv_stats().n_attended
+    llm.eval([1])
+    stats = llm.kv_stats()
+    assert not stats.pending and stats.n_recalls == 1
+    assert stats.n_attended == n_attended, "what follows comes from the cells alone"
+
+
+def test_what_stays_is_what_stays_of_the_whole_cache(tiny_gguf: Callable[..., Path]) -> None:
+    prompt, kept = tokens_of(N_PROMPT, seed=1), []
+    for settings in (SETTINGS, {"kv_budget": 64, "kv_staging": 1200}):
+        llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", n_ctx=1536, **settings)
+        llm.eval(prompt)
+        assert llm.kv_stats().n_pseudo == 8
+        kept.append(llm.kept_positions())
+    assert (kept[0] == kept[1]).mean() > 0.98
+
+
+def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., Path]) -> None:
+    exact = {"type_k": ggml_type("f32"), "type_v": ggml_type("f32"), "flash_attn": False}
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **SETTINGS, **exact)
+    prompt = turn(llm, [], 1, N_PROMPT)
+    assert llm.kv_stats().n_reread == 0
+    prompt += tokens_of(30, seed=3)
+    llm.eval(prompt[llm.n_tokens :])
+    stats = llm.kv_stats()
+    assert stats.n_reread == 11 and stats.n_recalls == 2
+    wanted = last_logits(whole(tiny_gguf, prompt, **exact))
+    assert_nmse(last_logits(llm), wanted, NMSE, "logits")
+
+
+@pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
+def test_a_prompt_that_is_set_aside_goes_on_in_view_of_all(
+    tiny_gguf: Callable[..., Path], lookahead: str
+) -> None:
+    prompt = tokens_of(N_PROMPT, seed=1)
+    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **SETTINGS)
+    laq, prompt_next = llm._laq, llm._laq.prompt_next
+
+    def set_aside(left: Any) -> int:
+        if len(left) < N_PROMPT:
+            laq.resume(laq.park())
+        return prompt_next(left)
+
+    laq.prompt_next = set_aside
+    llm.eval(prompt)
+    assert_nmse(last_logits(llm), last_logits(whole(tiny_gguf, prompt)), NMSE, "logits")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self")
+def test_what_is_lost_on_the_way_is_not_looked_at(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **{**SETTINGS, "kv_recall": "disk"})
+    prompt = turn(llm, [], 1, N_PROMPT)
+    os.truncate(file_of_archive(), 0)
+    prompt = turn(llm, prompt, 2)
+    stats = llm.kv_stats()
+    assert stats.n_lost > 0 and np.isfinite(last_logits(llm)).all()
+    n_attended = stats.n_attended
+    turn(llm, prompt, 3)
+    assert llm.kv_stats().n_attended == n_attended, "from the cells, since the archive has a gap"
+
+
+def test_a_long_lookahead_and_a_large_batch(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", n_batch=512, **SETTINGS)
+    prompt = turn(llm, [], 1, N_PROMPT)
+    assert llm.kv_stats().n_attended > 400
+    answer = greedy(llm, prompt, 30)
+    assert len(answer) == 30
+
+
+def test_what_cannot_be_is_refused(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), recall_read="archive", **SETTINGS)
+    llm.eval(tokens_of(N_PROMPT, seed=1))
+    assert llm.kv_stats().n_attended > 0
+    with pytest.raises(LaqUnsupportedError, match="sliding"):
+        open_llama(tiny_gguf("gemma3"), recall_read="archive", **SETTINGS)
