@@ -49,8 +49,8 @@ class KvStats:
         n_recalls: re-selections.
         n_recalls_skipped: those that would hardly have changed anything.
         n_lost: rows that could not be kept or read back, or that a state did not carry.
-        n_reread: of n_decoded, tokens at the end of a prompt that were decoded again after a
-            re-selection.
+        n_reread: of n_decoded, tokens that were decoded again: at the end of a prompt after a
+            re-selection, or an answer before the next prompt (see `recall_read`).
         n_attended: of n_decoded, tokens decoded in view of the archive as well (`recall_read`).
         ms_recall: milliseconds spent in re-selections: scores, choice, and what comes back.
         ms_reread: milliseconds spent decoding tokens again after them.

@@ -39,7 +39,7 @@ extern "C" {
 
 // LAQ_CDEF_BEGIN
 
-#define LAQ_ABI_VERSION 7
+#define LAQ_ABI_VERSION 8
 
 struct llama_context;
 struct laq_cache;
@@ -188,7 +188,7 @@ struct laq_stats {
     uint64_t n_archived;          // rows that are archived now
     uint64_t n_recalled;          // rows that came back
     uint64_t n_lost;              // rows that could not be kept or read back
-    uint64_t n_reread;            // tokens of a prompt that were decoded again after a re-selection
+    uint64_t n_reread;            // tokens that were decoded again: after a re-selection, or of an answer
     uint64_t n_attended;          // tokens decoded in view of the archive as well
     uint32_t n_recalls;           // re-selections
     uint32_t n_recalls_skipped;   // where the selection would hardly have changed
@@ -238,7 +238,9 @@ enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const str
 // last n_probe tokens of the prompt and at most 8 greedy ones after them (n_lookahead, if that is less) are decoded behind
 // what is cached, score it, and are dropped again (policies without lookahead: no such probe). Where values are fitted to
 // an archive there is no probe: the tokens decoded last choose from all tokens and are decoded again (n_recall_rounds). If
-// that fails, the sequence may end before them. The logits of the context are then those of the probe, or of these tokens.
+// that fails, the sequence may end before them. With LAQ_RECALL_READ_ARCHIVE there is neither: what is decoded until the
+// eviction of laq_prompt_end() attends to the archive as well, at most 128 tokens at once, and of an answer that did not the
+// last n_reread tokens are decoded again first. The logits of the context are then those of the probe, or of these tokens.
 enum laq_status laq_prompt_next(struct laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                                 uint32_t * n_chunk);
 
