@@ -144,12 +144,12 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 something has left the cells: "archive" (all tokens, by the model's own attention
                 to the cells and the archive), "cells", or "auto": "archive" where the cells of all
                 layers are in host memory.
-            recall_rounds: with "cells": how often a message chooses by the queries of its own last tokens (at
-                most snapkv_window) and is read again, before kv_policy chooses: the first time it
-                was read, what it looks at may not have been there. The choice holds as many
-                tokens as there are cells for, until the lookahead is generated from it. Where
-                values are fitted to the archive, all parts of a prompt that does not fit do the
-                same. 0: nothing is read again, and such a prompt is read with probes.
+            recall_rounds: with "cells": how often a message chooses by the queries of its own last
+                tokens (at most snapkv_window) and is read again, before kv_policy chooses: the
+                first time it was read, what it looks at may not have been there. The choice holds
+                as many tokens as there are cells for, until the lookahead is generated from it.
+                Where values are fitted to the archive, all parts of a prompt that does not fit do
+                the same. 0: nothing is read again, and such a prompt is read with probes.
             reread_size: tokens at the end of an answer that are read again with the next message,
                 at most: it was generated from the cells alone. With "cells", no more than a
                 quarter of kv_budget are, the message among them.

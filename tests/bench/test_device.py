@@ -109,8 +109,8 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
         assert found[name]["stats"]["n_cells"] == 512
         assert found[name]["stats"]["devices"] == ["CPU"]
     again = found["recall 640"]["rounds"][0]["recall"]
-    # the message's, and laq++'s, which may find all of it there
-    assert again["n_recalls"] + again["n_recalls_skipped"] == 2
+    # laq++'s: the message was read in view of all there is
+    assert again["n_recalls"] + again["n_recalls_skipped"] == 1
     assert again["n_recalls"] >= 1 and again["n_recalled"] > 0
     assert again["device_bytes_before"] == again["device_bytes_after"] > 0
     assert len(document["bars"]) == 10
