@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from laq_gguf.bench.curve_tables import curve_table
-from laq_gguf.bench.markdown import Document, Row, number, ordered, table
+from laq_gguf.bench.markdown import Document, Row, mean_of, number, ordered, table
 from laq_gguf.bench.methods import share_text
 from laq_gguf.bench.peers_table import peers_rows
 from laq_gguf.bench.quality_tables import size_rows
 from laq_gguf.bench.tables import bars_table, multiturn_summary
+from laq_gguf.bench.tasks import TASKS
 
 #: kinds whose rows stand in the first table, and how they are made
 AT_EQUAL_BYTES: Mapping[str, Callable[[Document], list[Row]]] = {
@@ -30,10 +32,14 @@ def section(documents: Sequence[Document]) -> str:
     Raises:
         KeyError: a document of a kind that README does not show.
     """
-    at_bytes = [d for d in documents if d["kind"] in AT_EQUAL_BYTES]
-    others = [d for d in documents if d["kind"] not in AT_EQUAL_BYTES]
+    reading = [d for d in documents if reads_with_archive(d)]
+    rest = [d for d in documents if not reads_with_archive(d)]
+    at_bytes = [d for d in rest if d["kind"] in AT_EQUAL_BYTES]
+    others = [d for d in rest if d["kind"] not in AT_EQUAL_BYTES]
     parts = [shares_table(at_bytes), *(ONE_EACH[d["kind"]](d) for d in others)]
-    origins = (origin(d, i + 1) for i, d in enumerate((*at_bytes, *others)))
+    if reading:
+        parts.insert(1, reading_table(reading, len(at_bytes) + 1))
+    origins = (origin(d, i + 1) for i, d in enumerate((*at_bytes, *reading, *others)))
     parts.append("\n".join(origins))
     return "\n\n".join(parts)
 
@@ -70,6 +76,47 @@ def shares_table(documents: Sequence[Document]) -> str:
             ("n", lambda r: str(r["n"])),
             *((f"KL at {size}", cell(size, "kl", ".3f")) for size in sizes),
             *((f"score at {size}", cell(size, "mean", ".2f")) for size in sizes),
+        ),
+        rows,
+    )
+
+
+def reads_with_archive(document: Document) -> bool:
+    """Whether it is of prompts that do not fit the cells and are read with an archive."""
+    return document["kind"] == "quality" and any(
+        row["method"] == "recall" for row in document["results"]
+    )
+
+
+def reading_table(documents: Sequence[Document], first_run: int) -> str:
+    """One row for each group of tasks and result: an archive beside laq++ of a whole cache. Means,
+    but for the seconds, which are medians."""
+    rows: list[Row] = []
+    for run, document in enumerate(documents, first_run):
+        for group in ordered(TASKS[r["task"]].group for r in document["results"]):
+            own = [r for r in document["results"] if TASKS[r["task"]].group == group]
+            of = {m: [r for r in own if r["method"] == m] for m in ("full", "laq++", "recall")}
+            rows.append({"run": run, "group": group, **of})
+
+    def mean(method: str, name: str, spec: str) -> Callable[[Row], str]:
+        return lambda row: number(mean_of(row[method], name), spec)
+
+    def seconds(method: str) -> Callable[[Row], str]:
+        return lambda row: f"{statistics.median(r['ms_prefill'] for r in row[method]) / 1e3:.0f}"
+
+    return table(
+        (
+            ("run", lambda r: str(r["run"])),
+            ("tokens", mean("recall", "n_prompt", ",.0f")),
+            ("task", lambda r: r["group"]),
+            ("n", lambda r: str(len(r["recall"]))),
+            ("found: full", mean("full", "score", ".2f")),
+            ("laq++ of the whole cache", mean("laq++", "score", ".2f")),
+            ("with an archive", mean("recall", "score", ".2f")),
+            ("KL: laq++", mean("laq++", "kl", ".4f")),
+            ("with an archive", mean("recall", "kl", ".4f")),
+            ("read, s: full", seconds("full")),
+            ("with an archive", seconds("recall")),
         ),
         rows,
     )

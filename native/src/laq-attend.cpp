@@ -103,9 +103,12 @@ void attend_input::set_input(const llama_ubatch * ubatch) {
     const laq_archive &    archive  = laq.recall->archive;
     const int32_t          n_intact = laq.seqs[0].n_intact;
     const llama_kv_cells & cells    = laq.cells();
+    for (int64_t p = 0; p < n_old; ++p) {
+        set(0, p, p < n_intact && archive.has(p));
+    }
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-        for (int64_t p = 0; p < n_old; ++p) {
-            set(i, p, p < n_intact && archive.has(p));
+        if (i > 0) {  // the archive is before all of them
+            memcpy((char *) mask->data + i * mask->nb[1], mask->data, n_old * mask->nb[0]);
         }
         for (int64_t c = 0; c < n_kv; ++c) {
             const bool whole = !cells.is_empty(c) && cells.pos_get(c) >= n_intact;
@@ -203,10 +206,10 @@ static attend_input * input_of(laq_cache & laq, const llm_graph_context & gctx, 
 
 void laq_graph_attend(laq_cache & laq, const llm_graph_context & gctx, ggml_tensor *& k, ggml_tensor *& v,
                       ggml_tensor *& kq_mask, int il) {
-    if (!laq.can_attend || !laq.attends(gctx.ubatch)) {
+    const auto it = std::find_if(laq.layers.begin(), laq.layers.end(), [&](const auto & l) { return l.il == il; });
+    if (it == laq.layers.end() || !laq.can_attend || !laq.attends(gctx.ubatch)) {
         return;
     }
-    const auto     it = std::find_if(laq.layers.begin(), laq.layers.end(), [&](const auto & l) { return l.il == il; });
     attend_input * input = input_of(laq, gctx, k->ne[2]);
     const int64_t  n     = input->n_old + input->n_kv;
     const uint32_t ikv   = it - laq.layers.begin();

@@ -38,3 +38,22 @@ def test_methods_of_several_results_stand_in_one_table() -> None:
         "| 1 | laq++ | 1 | 0.125 | 0.250 | 0.50 | 0.50 |",
         "| 2 | peer | 1 | - | 0.750 | - | 0.00 |",
     ]
+
+
+def test_reading_with_an_archive_stands_beside_the_whole_cache() -> None:
+    one = {"task": "vt", "length": 64, "n_prompt": 1234}
+    results = [
+        {**one, "id": i, "method": method, "score": score, "kl": kl, "ms_prefill": ms}
+        for i in (0, 1)
+        for method, score, kl, ms in (
+            ("full", 1.0, 0.0, 2000.0 + 2000 * i),
+            ("laq++", i / 2, 0.25, None),
+            ("recall", 0.5, 0.5, 4000.0),
+        )
+    ]
+    document = {"kind": "quality", "results": results}
+    assert readme.reads_with_archive(document)
+    assert not readme.reads_with_archive({"kind": "quality", "results": results[:2]})
+    assert readme.reading_table([document], 3).splitlines()[2:] == [
+        "| 3 | 1,234 | vt | 2 | 1.00 | 0.25 | 0.50 | 0.2500 | 0.5000 | 3 | 4 |"
+    ]
