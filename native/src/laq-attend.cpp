@@ -37,7 +37,8 @@ bool laq_choose_attend(const laq_cache & laq) {
 }
 
 bool laq_cache::may_attend(int32_t seq_id) const {
-    if (!can_attend || !may_recall(seq_id, LAQ_RECALL_TURN) || !recall->archive.can_hold()) {
+    const bool is_due = can_attend && may_recall(seq_id, LAQ_RECALL_TURN) && laq_policy_needs_queries(params);
+    if (!is_due || !recall->archive.can_hold()) {
         return false;
     }
     const uint64_t n = recall->archive.n_archived() / recall->archive.rows_of_token();
