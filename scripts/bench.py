@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README_RESULTS = (
     "quality-default-smollm2", "quality-niah-smollm2-4k", "quality-niah-smollm2-4k-16",
     "peers-smollm2-2k", "peers-needles-smollm2", "peers-niah-smollm2-4k",
-    "multiturn-recall-smollm2-all-1-4", "multiturn-recall-smollm2-1-4",
+    "quality-bounded-recall-smollm2-2k", "quality-bounded-recall-smollm2-4k",
+    "quality-bounded-recall-smollm2-7k",
+    "multiturn-archive-smollm2-1-4", "multiturn-recall-smollm2-1-4",
     "speed-smollm2-cpu", "memory-smollm2", "nvidia-h200-875d3360082b",
 )  # fmt: skip
 HEAD = """# Results

@@ -89,12 +89,14 @@ def reads_with_archive(document: Document) -> bool:
 
 
 def reading_table(documents: Sequence[Document], first_run: int) -> str:
-    """One row for each group of tasks and result: an archive beside laq++ of a whole cache. Means,
-    but for the seconds, which are medians."""
+    """One row for each group of tasks and result: an archive beside laq++ of a whole cache, over
+    the examples that were read with one. Means, but for the seconds, which are medians."""
     rows: list[Row] = []
     for run, document in enumerate(documents, first_run):
-        for group in ordered(TASKS[r["task"]].group for r in document["results"]):
-            own = [r for r in document["results"] if TASKS[r["task"]].group == group]
+        read = {(r["task"], r["id"]) for r in document["results"] if r["method"] == "recall"}
+        results = [r for r in document["results"] if (r["task"], r["id"]) in read]
+        for group in ordered(TASKS[r["task"]].group for r in results):
+            own = [r for r in results if TASKS[r["task"]].group == group]
             of = {m: [r for r in own if r["method"] == m] for m in ("full", "laq++", "recall")}
             rows.append({"run": run, "group": group, **of})
 

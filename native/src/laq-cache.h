@@ -305,8 +305,8 @@ struct laq_cache {
     laq_parked & park(int32_t seq_id);
     void         resume(int32_t seq_id, laq_parked & p);
 
-    // Whether the graph of a ubatch attends to the archive, and to how many of its columns: positions from 0 on. Most tokens
-    // of such a ubatch.
+    // Whether the graph of a ubatch attends to the archive as well, and to how many columns: one for each position. Most
+    // tokens of such a ubatch.
     static constexpr uint32_t N_ATTEND = 128;
 
     bool     attends(const llama_ubatch & ubatch) const;

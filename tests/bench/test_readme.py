@@ -51,7 +51,8 @@ def test_reading_with_an_archive_stands_beside_the_whole_cache() -> None:
             ("recall", 0.5, 0.5, 4000.0),
         )
     ]
-    document = {"kind": "quality", "results": results}
+    stopped_here = {**results[0], "id": 2, "score": 0.0}
+    document = {"kind": "quality", "results": [*results, stopped_here]}
     assert readme.reads_with_archive(document)
     assert not readme.reads_with_archive({"kind": "quality", "results": results[:2]})
     assert readme.reading_table([document], 3).splitlines()[2:] == [
