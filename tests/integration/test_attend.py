@@ -1,4 +1,4 @@
-"""A prompt that is read in view of its archive gives, to the bit, what a cache of all of it gives."""
+"""A prompt that is read in view of its archive gives what a cache of all of it gives, to the bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tolerances import assert_equal, assert_nmse
 pytestmark = pytest.mark.skipif(not device.ON_CPU, reason="of cells in host memory")
 
 N_PROMPT = 700
-#: of logits, where sums have another order: an answer that is read again, in one batch
+#: of logits, where sums have another order: an answer that is read again is read in one batch
 NMSE = 1e-8
 
 
