@@ -1,4 +1,4 @@
-"""A prompt that is read in view of its archive gives what a cache of all of it gives, to the bit."""
+"""A prompt read in view of its archive gives what a cache with room for all gives, to the bit."""
 
 from __future__ import annotations
 
