@@ -176,10 +176,17 @@ class KVCache(Cells):
         """The next chunk of a prompt of which n_left tokens are left. Changes nothing."""
         if self.n_cells is None:
             return ChunkPlan(min(n_left, self.n_batch))
-        chunk_size = self.params.chunk_size or default_chunk(self.params, self.n_cells)
+        params = replace(self.params, chunk_size=self._chunk_size())
+        return self._plan_chunk(params, n_left, self.n_cells)
+
+    def _chunk_size(self) -> int:
+        return self.params.chunk_size or default_chunk(self.params, self.n_cells)
+
+    def _plan_chunk(self, params: PolicyParams, n_left: int, n_cells: int) -> ChunkPlan:
+        """plan_chunk of this cache, with other params and as if there were n_cells."""
         return plan_chunk(
-            replace(self.params, chunk_size=chunk_size),
-            n_cells=self.n_cells,
+            params,
+            n_cells=n_cells,
             n_used=self.n_used,
             n_resident=self.n_resident,
             n_left=n_left,

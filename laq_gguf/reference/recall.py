@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from .attention import FloatArray
 from .cells import Tokens
-from .plan import ChunkPlan, check_pinned, default_chunk, plan_chunk, reread_size
+from .plan import ChunkPlan, check_pinned, reread_size
 from .reselect import ReselectCache
 from .select import PolicyParams, query_range
 from .values import FIT_QUERIES
@@ -163,9 +163,6 @@ class RecallCache(ReselectCache):
         n_most = min(self._chunk_size(), self.params.n_queries)
         return reread_size(replace(self.params, budget=self._n_beside(n_most)), n_most)
 
-    def _chunk_size(self) -> int:
-        return self.params.chunk_size or default_chunk(self.params, self.n_cells)
-
     def _n_beside(self, n_part: int) -> int:
         """Tokens that a head holds while there is room for a part, and to look ahead."""
         return max(self.params.budget, self._n_draft() - n_part)
@@ -197,39 +194,33 @@ class RecallCache(ReselectCache):
         n_part = self.part_size
         if n_part == 0:
             return super().plan(n_left)
-        n_cells = max(self.n_cells - self.params.ahead, 0)
-        n_free = max(n_cells - self.n_used, 0)
+        n_free = max(self._n_cells_beside_ahead - self.n_used, 0)
         chunk_size = n_part
         if not self._observes_archive() and n_free > n_part:
             chunk_size = min(self._chunk_size(), n_free)
-        return plan_chunk(
-            replace(self.params, policy="snapkv", chunk_size=chunk_size),  # no probe
-            n_cells=n_cells,
-            n_used=self.n_used,
-            n_resident=self.n_resident,
-            n_left=n_left,
-            n_batch=self.n_batch,
-        )
+        return self._plan_without_probe(n_left, chunk_size)
+
+    @property
+    def _n_cells_beside_ahead(self) -> int:
+        """Cells but those that stay free to look ahead."""
+        return max(self.n_cells - self.params.ahead, 0)
+
+    def _plan_without_probe(self, n_left: int, chunk_size: int) -> ChunkPlan:
+        params = replace(self.params, policy="snapkv", chunk_size=chunk_size)
+        return self._plan_chunk(params, n_left, self._n_cells_beside_ahead)
 
     def _plan_attending(self, n_left: int) -> ChunkPlan:
         """What is in the cells meanwhile makes no difference: the fewer evictions, the better."""
         if self.n_cells is None:
             return ChunkPlan(min(n_left, self.n_batch))
-        n_cells = max(self.n_cells - self.params.ahead, 0)
-        plan = plan_chunk(
-            replace(self.params, policy="snapkv", chunk_size=self._chunk_size()),  # no probe
-            n_cells=n_cells,
-            n_used=self.n_used,
-            n_resident=self.n_resident,
-            n_left=n_left,
-            n_batch=self.n_batch,
-        )
+        plan = self._plan_without_probe(n_left, self._chunk_size())
         n_tokens, n_evict = plan.n_tokens, plan.n_evict
         if n_evict > 0:
             n_tokens, n_evict = min(n_left, self.n_batch), self.n_resident - self.params.budget
         if n_evict > 0 or self.n_intact > 0:
             n_tokens = min(n_tokens, N_ATTEND)
-        return ChunkPlan(min(n_tokens, max(n_cells - (self.n_used - n_evict), 0)), n_evict)
+        n_free = max(self._n_cells_beside_ahead - (self.n_used - n_evict), 0)
+        return ChunkPlan(min(n_tokens, n_free), n_evict)
 
     def make_room(
         self,

@@ -39,11 +39,7 @@ bool laq_choose_attend(const laq_cache & laq) {
 
 bool laq_cache::may_attend(int32_t seq_id) const {
     const bool is_due = can_attend && may_recall(seq_id, LAQ_RECALL_TURN) && laq_policy_needs_queries(params);
-    if (!is_due || !recall->archive.can_hold()) {
-        return false;
-    }
-    const uint64_t n = recall->archive.n_archived() / recall->archive.rows_of_token();
-    return n == (uint64_t) seqs[seq_id].n_intact;
+    return is_due && recall->archive.can_hold() && recall->archive.has_all(seqs[seq_id].n_intact);
 }
 
 bool laq_cache::attends(const llama_ubatch & ubatch) const {
@@ -116,10 +112,13 @@ void attend_input::set_input(const llama_ubatch * ubatch) {
             cell[p] = c;
         }
     }
+    std::vector<uint8_t> there(n);
+    for (int64_t p = 0; p < n; ++p) {
+        there[p] = p < n_intact ? laq.recall->archive.has(p) : cell[p] >= 0;
+    }
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
         for (int64_t p = 0; p < n; ++p) {
-            const bool there = p < n_intact ? laq.recall->archive.has(p) : cell[p] >= 0;
-            set(i, p, there && p <= ubatch->pos[i]);
+            set(i, p, there[p] && p <= ubatch->pos[i]);
         }
     }
     laq.stats.n_attended += ubatch->n_tokens;
@@ -142,16 +141,15 @@ static uint8_t * row_of(const ggml_tensor * dst, int64_t column, uint32_t h) {
     return (uint8_t *) dst->data + column * dst->nb[2] + h * dst->nb[1];
 }
 
-// the rows of a block of columns that are in the archive; what is not there is not seen, but must be finite
-static void fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t block) {
+// a block of columns as the archive has it; false: it has none of it
+static bool fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t block) {
     laq_recall_state & r     = *a.input.laq.recall;
     const ggml_type    type  = r.type[a.part];
     const size_t       n_row = ggml_row_size(type, dst->ne[0]);
     const int64_t      first = (int64_t) block * laq_archive::N_BLOCK;
 
-    memset(row_of(dst, first, 0), 0, laq_archive::N_BLOCK * dst->nb[2]);
     if (first >= a.input.laq.seqs[0].n_intact) {
-        return;
+        return false;
     }
     std::vector<uint8_t>         read;
     std::unique_lock<std::mutex> lock(a.input.mutex, std::defer_lock);
@@ -161,7 +159,7 @@ static void fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t blo
     const uint8_t * src = r.archive.has_block(block) ? r.archive.part(block, a.ikv, a.part, read) : nullptr;
     if (!src) {
         a.input.hide(block);
-        return;
+        return false;
     }
     for (int64_t h = 0; h < dst->ne[1]; ++h) {
         for (int64_t i = 0; i < laq_archive::N_BLOCK; ++i) {
@@ -169,6 +167,7 @@ static void fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t blo
                         dst->ne[0]);
         }
     }
+    return true;
 }
 
 // a block of columns for each thread of the CPU's backend, and on
@@ -179,8 +178,11 @@ static void fill(ggml_tensor * dst, int ith, int nth, void * data) {
     const laq_cell_rows  cells(a.input.laq, a.ikv, a.part == 1, 0, a.input.laq.n_cells(), none);
     std::vector<uint8_t> turned(cells.row_size());
     for (int64_t b = ith; b < a.input.n / laq_archive::N_BLOCK; b += nth) {
-        fill_archived(dst, a, b);
+        const bool archived = fill_archived(dst, a, b);
         for (int64_t p = b * laq_archive::N_BLOCK; p < (b + 1) * laq_archive::N_BLOCK; ++p) {
+            if (!archived && a.input.cell[p] < 0) {
+                memset(row_of(dst, p, 0), 0, dst->nb[2]);  // it is not seen, but must be finite
+            }
             for (int64_t h = 0; h < dst->ne[1] && a.input.cell[p] >= 0; ++h) {
                 memcpy(row_of(dst, p, h), cells.row(h, a.input.cell[p], turned.data()), cells.row_size());
             }

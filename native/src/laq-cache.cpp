@@ -3,7 +3,6 @@
 #include "laq-graph.h"
 #include "laq-move.h"
 #include "laq-park.h"
-#include "laq-graph.h"
 #include "laq-recall.h"
 
 #include "ggml-backend.h"

@@ -214,7 +214,8 @@ bool laq_cache::choose_again(const laq_eviction & e) {
 
 void laq_cache::evict(const laq_eviction & e) {
     ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
-    seqs[e.seq_id].attending          = false;
+    seqs[e.seq_id].attending = false;
+
     const std::vector<uint32_t> order = resident(e.seq_id);
     const std::vector<uint8_t>  own   = owned(*this, order);
     if (recall) {

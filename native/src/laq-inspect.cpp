@@ -127,7 +127,6 @@ laq_status laq_get_scores(const laq_cache * laq, uint32_t i_eviction, uint32_t i
         const laq_layer & layer = layer_at(laq, ikv);
         laq_check(n_kv, "n_kv must not be NULL");
         laq_check(laq->debug, "scores are kept only if LAQ_DEBUG is set in the environment before laq_attach()");
-
         laq_check(i_eviction < laq->stats.n_evictions && laq->stats.n_evictions - i_eviction <= laq_cache::N_DEBUG,
                   "i_eviction must be one of the last 8 of n_evictions");
 

@@ -205,6 +205,11 @@ static uint32_t n_room_of(const laq_cache & laq, int32_t seq_id) {
     return laq.n_resident(seq_id) + laq.n_cells() - laq.n_used();
 }
 
+// cells but those that stay free to look ahead
+static uint32_t n_cells_beside_ahead(const laq_cache & laq) {
+    return laq.n_cells() - std::min(laq.n_cells(), laq_policy_ahead(laq.params));
+}
+
 // Tokens that each head holds while a part is read: there is room for the next one, and to look ahead.
 static uint32_t n_kept_beside(const laq_cache & laq, int32_t seq_id, uint32_t n_part) {
     const uint32_t n_room = laq_policy_draft(laq.params, n_room_of(laq, seq_id));
@@ -231,17 +236,22 @@ static void read_part_again(laq_cache & laq, int32_t seq_id, uint32_t n_part) {
     }
 }
 
+// the plan of a chunk of at most n_chunk tokens that no probe comes before: there is room to look ahead
+static laq_chunk plan_without_probe(const laq_cache & laq, int32_t seq_id, uint32_t n_tokens, uint32_t n_chunk) {
+    laq_params p = laq.params_of(seq_id);
+    p.policy     = LAQ_POLICY_SNAPKV;
+    p.n_chunk    = n_chunk;
+    return laq_plan_chunk(&p, n_cells_beside_ahead(laq), laq.n_used(), laq.n_resident(seq_id), n_tokens,
+                          laq.ctx->n_batch());
+}
+
 // the next part, or as many tokens as there are cells for before anything goes
 static laq_chunk plan_part(const laq_cache & laq, int32_t seq_id, uint32_t n_tokens, uint32_t n_part) {
-    const uint32_t n_ahead = laq_policy_ahead(laq.params);
-    const uint32_t n_cells = laq.n_cells() - std::min(laq.n_cells(), n_ahead);
+    const uint32_t n_cells = n_cells_beside_ahead(laq);
     const uint32_t n_free  = n_cells - std::min(n_cells, laq.n_used());
     const bool     is_all  = !laq.observes_archive(seq_id, laq.resident(seq_id));
-    laq_params     p       = laq.params_of(seq_id);
-
-    p.policy  = LAQ_POLICY_SNAPKV;  // no probe
-    p.n_chunk = is_all && n_free > n_part ? std::min(p.n_chunk, n_free) : n_part;
-    return laq_plan_chunk(&p, n_cells, laq.n_used(), laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
+    const uint32_t n_chunk = is_all && n_free > n_part ? std::min(laq.params.n_chunk, n_free) : n_part;
+    return plan_without_probe(laq, seq_id, n_tokens, n_chunk);
 }
 
 //
@@ -261,12 +271,9 @@ static void read_answer_again(laq_cache & laq, int32_t seq_id) {
 
 // What is in the cells meanwhile makes no difference: the fewer evictions, the better.
 static laq_chunk plan_attending(const laq_cache & laq, int32_t seq_id, uint32_t n_tokens) {
-    const uint32_t n_cells    = laq.n_cells() - std::min(laq.n_cells(), laq_policy_ahead(laq.params));
+    const uint32_t n_cells    = n_cells_beside_ahead(laq);
     const uint32_t n_resident = laq.n_resident(seq_id);
-    laq_params     p          = laq.params_of(seq_id);
-
-    p.policy       = LAQ_POLICY_SNAPKV;  // no probe
-    laq_chunk plan = laq_plan_chunk(&p, n_cells, laq.n_used(), n_resident, n_tokens, laq.ctx->n_batch());
+    laq_chunk      plan       = plan_without_probe(laq, seq_id, n_tokens, laq.params.n_chunk);
     if (plan.n_evict > 0) {
         plan.n_evict  = n_resident - laq.params.n_kv_budget;
         plan.n_tokens = std::min(n_tokens, laq.ctx->n_batch());

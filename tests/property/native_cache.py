@@ -71,17 +71,12 @@ class NativeCache(RecallCache):
         super().evict(n_keep, recall)
 
     def make_room(
-        self,
-        n_evict: int,
-        probe: Tokens | None = None,
-        n_probe: int = 0,
-        *,
-        goes_on: bool = False,
+        self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0, **others: Any
     ) -> None:
         before, n_ring = (self.query_positions, self.queries), self.n_ring
         self.n_ring = None
         try:
-            super().make_room(n_evict, probe, n_probe, goes_on=goes_on)
+            super().make_room(n_evict, probe, n_probe, **others)
         finally:
             self.n_ring = n_ring
             if probe is not None:  # its queries are kept apart

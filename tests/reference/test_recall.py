@@ -167,14 +167,22 @@ def test_what_probes_kept_counts_at_the_end_of_the_prompt() -> None:
     assert n_back[0] == 0 < n_back[1]
 
 
-def read_in_parts(cache: RecallCache, n_left: int) -> list[int]:
-    """A prompt but its end; the sizes of its chunks. A second reading brings the same tokens."""
+def again(cache: RecallCache, n: int) -> None:
+    """The last n tokens are removed and read again: a second reading brings the same ones."""
+    assert cache.remove(cache.n_tokens - n)
+    cache.append(tokens(n, first=cache.n_tokens))
+
+
+def read_on(cache: RecallCache, n_left: int) -> list[int]:
+    """A prompt but its end; the sizes of its chunks."""
     sizes = []
     while n_left:
-        if n := cache.part_again():
+        if n := cache.attend():
+            again(cache, n)
+        cache.answer_read()
+        if not cache.attending and (n := cache.part_again()):
             assert cache.choose_for_part(n)
-            assert cache.remove(cache.n_tokens - n)
-            cache.append(tokens(n, first=cache.n_tokens))
+            again(cache, n)
         chunk = cache.plan(n_left)
         assert chunk.n_probe == 0
         cache.make_room(chunk.n_evict, goes_on=chunk.n_tokens < n_left)
@@ -191,7 +199,7 @@ def test_a_prompt_that_does_not_fit_is_read_in_parts() -> None:
     assert opened(n_cells=100, value_fit=0.01).part_size == (100 - 8 - 32) // 4
     assert opened(n_cells=300).part_size == 0, "no values are fitted"
     assert opened(n_cells=300, value_fit=0.01, recall_rounds=0).part_size == 0
-    sizes = read_in_parts(cache, 500)
+    sizes = read_on(cache, 500)
     n_whole = sizes.index(40)
     assert sizes[:n_whole] == [64] * 4, "in view of all, until a part finds no room: 292 - 256 < 40"
     assert set(sizes[n_whole:-1]) == {40} and cache.in_parts
@@ -210,7 +218,7 @@ def test_all_queries_of_a_part_get_what_all_tokens_give() -> None:
     missing = {}
     for n_fit in (40, 20):
         cache = opened(n_cells=300, value_fit=1e-6)
-        read_in_parts(cache, 480)
+        read_on(cache, 480)
         first = cache.n_tokens - 40
         cache._archive_leaving(first)
         used = cache.query_positions >= first
@@ -226,7 +234,7 @@ def test_all_queries_of_a_part_get_what_all_tokens_give() -> None:
 
 def test_the_first_of_two_lookaheads_keeps_what_the_second_is_generated_from() -> None:
     cache = opened(n_cells=300, value_fit=0.01)
-    read_in_parts(cache, 500)
+    read_on(cache, 500)
     n_prompt, n_evictions = cache.n_tokens, cache.n_evictions
     cache.choose_ahead(tokens(8, seed=3, first=n_prompt))
     assert (cache.n_tokens, cache.n_resident) == (n_prompt, 300 - 8)
@@ -236,27 +244,10 @@ def test_the_first_of_two_lookaheads_keeps_what_the_second_is_generated_from() -
     assert (cache.n_tokens, cache.n_resident) == (n_prompt, cache.params.budget)
 
 
-def read_attending(cache: RecallCache, n_left: int) -> list[int]:
-    """A prompt but its end; the sizes of its chunks."""
-    sizes = []
-    while n_left:
-        if n := cache.attend():
-            assert cache.remove(cache.n_tokens - n)
-            cache.append(tokens(n, first=cache.n_tokens))
-        cache.answer_read()
-        chunk = cache.plan(n_left)
-        assert chunk.n_probe == 0
-        cache.make_room(chunk.n_evict, goes_on=chunk.n_tokens < n_left)
-        cache.append(tokens(chunk.n_tokens, first=cache.n_tokens))
-        n_left -= chunk.n_tokens
-        sizes.append(chunk.n_tokens)
-    return sizes
-
-
 @pytest.mark.parametrize("value_fit", [0, 0.01])
 def test_a_prompt_is_read_in_view_of_its_archive(value_fit: float) -> None:
     cache = opened(n_cells=100, reads_archive=True, value_fit=value_fit)
-    sizes = read_attending(cache, 500)
+    sizes = read_on(cache, 500)
     assert max(sizes) <= 32 and len(sizes) < 20
     assert cache.n_recalls == 0 and cache.attends(8) and not cache.attends(129)
     everything = tokens(500, first=0)
@@ -274,7 +265,7 @@ def test_a_prompt_is_read_in_view_of_its_archive(value_fit: float) -> None:
 
 def test_an_answer_is_read_again_before_the_next_prompt() -> None:
     cache = opened(n_cells=100, reads_archive=True)
-    read_attending(cache, 200)
+    read_on(cache, 200)
     cache.prompt_end(tokens(8, seed=2, first=200))
     cache.append(tokens(20, first=200))
     assert cache.n_exact == 200
@@ -290,7 +281,7 @@ def test_an_answer_is_read_again_before_the_next_prompt() -> None:
 
 def test_without_a_whole_archive_the_cells_are_all_there_is() -> None:
     cache = opened(n_cells=100, reads_archive=True)
-    read_attending(cache, 200)
+    read_on(cache, 200)
     bare = cache.snapshot(archive=False)
     cache.restore(bare)
     assert not cache.may_attend and not cache.attends(1)
