@@ -41,7 +41,6 @@ class Decoder:
         self.llm = llama_class(model_path=model, verbose=False, **options)
         self.n_vocab: int = self.llm.n_vocab()
         self._vocab = self.api.llama_model_get_vocab(self.llm.model)
-        self._token = (ctypes.c_int32 * 1)()
         self.n_tokens = 0
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
@@ -92,11 +91,20 @@ class Decoder:
         Raises:
             RuntimeError: if llama_decode fails.
         """
-        self._token[0] = token
-        status = self.api.llama_decode(self.llm.ctx, self.api.llama_batch_get_one(self._token, 1))
+        self.feed([token])
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Decode tokens at the next positions, at most n_batch: logits of the last one.
+
+        Raises:
+            RuntimeError: if llama_decode fails.
+        """
+        n = len(tokens)
+        ids = (ctypes.c_int32 * n)(*tokens)
+        status = self.api.llama_decode(self.llm.ctx, self.api.llama_batch_get_one(ids, n))
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status} at position {self.n_tokens}")
-        self.n_tokens += 1
+        self.n_tokens += n
 
     def decode(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Decode tokens at the next positions, in batches: logits after each, (n, n_vocab).

@@ -218,7 +218,9 @@ class RecallCache(ReselectCache):
         if n_evict > 0:
             n_tokens, n_evict = min(n_left, self.n_batch), self.n_resident - self.params.budget
         if n_evict > 0 or self.n_intact > 0:
-            n_tokens = min(n_tokens, N_ATTEND)
+            # two halves at the end, no small rest
+            is_end = N_ATTEND < n_left < 2 * N_ATTEND
+            n_tokens = min(n_tokens, (n_left + 1) // 2 if is_end else N_ATTEND)
         n_free = max(self._n_cells_beside_ahead - (self.n_used - n_evict), 0)
         return ChunkPlan(min(n_tokens, n_free), n_evict)
 

@@ -110,6 +110,7 @@ void laq_cache::init_rings() {
     const auto reserve = [&](laq_ring & ring, uint32_t n) {
         ring.first = n_slots;
         ring.pos.assign(n, -1);
+        ring.exact.assign(n, 0);
         n_slots += n;
     };
     for (laq_seq & seq : seqs) {
@@ -306,6 +307,7 @@ uint32_t laq_cache::n_captured(uint32_t n_tokens) const {
 }
 
 void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots) {
+    const bool           attending = attends(ubatch);
     std::vector<int32_t> newest(seqs.size(), -1);
     for (uint32_t i = 0; i < n; ++i) {
         const uint32_t row    = ubatch.n_tokens - 1 - i;
@@ -323,11 +325,12 @@ void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots
 
         slots[n - 1 - i] = stale ? n_slots - 1 : ring.slot_of(pos);
         if (!stale) {
-            ring.pos[ring.slot_of(pos) - ring.first] = pos;
+            ring.pos[ring.slot_of(pos) - ring.first]   = pos;
+            ring.exact[ring.slot_of(pos) - ring.first] = !probing && (seqs[seq_id].n_intact == 0 || attending);
         }
     }
     stats.n_decoded += ubatch.n_tokens;
-    if (recall && !probing && seqs[0].n_intact > 0 && !attends(ubatch)) {
+    if (recall && !probing && seqs[0].n_intact > 0 && !attending) {
         seqs[0].n_exact = std::min(seqs[0].n_exact, ubatch.pos[0]);
     }
     if (recall && !probing) {

@@ -65,7 +65,8 @@ struct laq_pending {
 // Queries (and outputs) of one sequence: slot of position p is first + p % n.
 struct laq_ring {
     uint32_t             first = 0;
-    std::vector<int32_t> pos;  // [n] position of the query in each slot, -1 = none
+    std::vector<int32_t> pos;    // [n] position of the query in each slot, -1 = none
+    std::vector<uint8_t> exact;  // [n] 1 = its output is what it gets from all tokens, evicted ones included
 
     int32_t slot_of(int32_t p) const { return first + p % (int32_t) pos.size(); }
 
@@ -150,6 +151,8 @@ std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_e
 
 // the last ones of many: what a fit costs grows with their square
 std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, uint32_t n_fit);
+// Whether the ring has what they get from all tokens: the model's own attention gave it.
+bool laq_all_exact(const laq_cache & laq, const laq_eviction & e, const std::vector<laq_observation> & obs);
 
 // what a token scores now, mean over the queries, with what it scored when a probe last looked
 inline float laq_joined(float now, float before) {

@@ -125,6 +125,12 @@ std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, u
     return obs;
 }
 
+bool laq_all_exact(const laq_cache & laq, const laq_eviction & e, const std::vector<laq_observation> & obs) {
+    const laq_ring & ring = laq.seqs[e.seq_id].ring;
+    return !e.scratch &&
+           std::all_of(obs.begin(), obs.end(), [&](const auto & o) { return ring.exact[o.slot - ring.first] != 0; });
+}
+
 bool laq_cache::fits_to_archive() const {
     return recall && laq_policy_fits(params) && recall->archive.can_hold() && recall->scorer.on_cpu();
 }
@@ -136,7 +142,7 @@ bool laq_cache::observes_archive(int32_t seq_id, const std::vector<uint32_t> & o
 std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
     if (observes_archive(e.seq_id, order)) {
         const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e), e.n_fit);
-        if (!res.empty()) {
+        if (!res.empty() && !laq_all_exact(*this, e, res)) {
             observe_archive(e, order, res);
         }
         return res;

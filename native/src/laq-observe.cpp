@@ -41,6 +41,7 @@ void laq_layer_outputs::keep() const {
 laq_reselection::result laq_reselection::observe_all() {
     begin();
     fitted = obs;
+    weighs = true;
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
         laq_archived_layer archive;
         laq_rows_of_layer  of_heads;

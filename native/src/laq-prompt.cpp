@@ -279,7 +279,9 @@ static laq_chunk plan_attending(const laq_cache & laq, int32_t seq_id, uint32_t 
         plan.n_tokens = std::min(n_tokens, laq.ctx->n_batch());
     }
     if (plan.n_evict > 0 || laq.seqs[seq_id].n_intact > 0) {
-        plan.n_tokens = std::min(plan.n_tokens, laq_cache::N_ATTEND);
+        // two halves at the end, no small rest: ggml's CPU backend sums the attention of fewer than 64 tokens in another order
+        const bool is_end = n_tokens > laq_cache::N_ATTEND && n_tokens < 2 * laq_cache::N_ATTEND;
+        plan.n_tokens     = std::min(plan.n_tokens, is_end ? (n_tokens + 1) / 2 : laq_cache::N_ATTEND);
     }
     const uint32_t n_free = n_cells - std::min(n_cells, laq.n_used() - plan.n_evict);
     plan.n_tokens         = std::min(plan.n_tokens, n_free);

@@ -34,6 +34,7 @@ uint32_t laq_reselection::n_kept() {
     const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fits ? n_ahead() : 0);
     const uint32_t n      = std::min({ e.n_keep, n_least, n_room });
     fitted                = fits && n < n_most ? laq_last_fitted(obs, e.n_fit) : std::vector<laq_observation>();
+    weighs                = !laq_all_exact(laq, e, fitted);
     return n;
 }
 
@@ -186,8 +187,7 @@ std::vector<uint8_t> laq_reselection::blocks_of_values(uint32_t ikv) const {
 
 // false: a block was lost
 bool laq_reselection::fetch(uint32_t ikv, laq_archived_layer & archive) {
-    // where values are fitted, they have been read
-    if (fitted.empty() && !archive[1].read(laq.recall->archive, ikv, 1, blocks_of_values(ikv))) {
+    if (!weighs && !archive[1].read(laq.recall->archive, ikv, 1, blocks_of_values(ikv))) {
         return false;
     }
     for (int part = 0; part < 2; ++part) {
@@ -241,7 +241,7 @@ void laq_reselection::score(uint32_t ikv, const laq_rows_of_layer & of_heads, co
     const laq_candidate_rows         keys(*this, ikv, 0, archive[0], laq.recall->fetched);
     const laq_layer_queries          by(laq, ikv, obs);
     std::optional<laq_layer_outputs> outs;
-    if (!fitted.empty()) {
+    if (weighs) {
         outs.emplace(*this, ikv, archive[1]);
     }
     const struct waits {
@@ -285,7 +285,7 @@ bool laq_reselection::begin_layer(uint32_t ikv, laq_archived_layer & archive, la
     laq_parallel(of_heads.size(), n_candidates(), laq.n_threads(),
                  [&](uint32_t h) { of_heads[h] = candidates_of(ikv, h); });
     return archive[0].read(laq.recall->archive, ikv, 0, blocks) &&
-           (fitted.empty() || archive[1].read(laq.recall->archive, ikv, 1, blocks));
+           (!weighs || archive[1].read(laq.recall->archive, ikv, 1, blocks));
 }
 
 laq_reselection::result laq_reselection::run_layer(uint32_t ikv) {

@@ -64,6 +64,7 @@ struct laq_reselection {
     const bool fits;
 
     std::vector<laq_observation> fitted;  // of these, those that values are fitted to: the last ones, or none
+    bool weighs = false;                  // what they get from all tokens is not known, values are needed for that
 
     laq_params           params;
     std::vector<int32_t> archived;

@@ -303,6 +303,7 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.attending = saved.attending;
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
+            seq.ring.exact.assign(seq.ring.pos.size(), 0);
         }
         std::vector<uint32_t> mixed;
         for (const uint32_t cell : laq.resident(saved.seq_id)) {

@@ -94,14 +94,21 @@ def test_the_first_tokens_of_an_answer_are_the_whole_cache_s(
     assert stats.n_attended == n_attended, "what follows comes from the cells alone"
 
 
-def test_what_stays_is_what_stays_of_the_whole_cache(tiny_gguf: Callable[..., Path]) -> None:
-    prompt, kept = tokens_of(N_PROMPT, seed=1), []
+@pytest.mark.parametrize("value_fit", [0.0, 0.01])
+def test_what_stays_is_what_stays_of_the_whole_cache(
+    tiny_gguf: Callable[..., Path], value_fit: float
+) -> None:
+    prompt, kept, logits = tokens_of(N_PROMPT, seed=1), [], []
     for settings in (SETTINGS, {"kv_budget": 64, "kv_staging": 1200}):
-        llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", n_ctx=1536, **settings)
+        settings = {**settings, "lookahead": "pseudo", "n_ctx": 1536, "value_fit": value_fit}
+        llm = open_llama(tiny_gguf("llama"), **settings)
         llm.eval(prompt)
         assert llm.kv_stats().n_pseudo == 8
         kept.append(llm.kept_positions())
-    assert (kept[0] == kept[1]).mean() > 0.98
+        llm.eval([1])
+        logits.append(last_logits(llm))
+    assert_equal(kept[0], kept[1], "positions")
+    assert_equal(logits[0], logits[1], "logits")
 
 
 def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., Path]) -> None:
