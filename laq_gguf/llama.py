@@ -142,8 +142,9 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 (also where generating finds no cells), "never" (by `recall()` alone).
             recall_read: what a prompt, and the lookahead from its end, are decoded in view of once
                 something has left the cells: "archive" (all tokens, by the model's own attention
-                to the cells and the archive), "cells", or "auto": "archive" where the cells of all
-                layers are in host memory.
+                to the cells and the archive), "prompt" (the same for the prompt; its last queries
+                choose what is looked ahead from), "cells", or "auto": "archive" where the cells of
+                all layers are in host memory, "cells" where not.
             recall_rounds: with "cells": how often a message chooses by the queries of its own last
                 tokens (at most snapkv_window) and is read again, before kv_policy chooses: the
                 first time it was read, what it looks at may not have been there. The choice holds

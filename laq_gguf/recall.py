@@ -18,7 +18,7 @@ RECALLS = {"never": 0, "turn": 1, "always": 2}
 #: types that an archive can have instead of the cache's: the values of `enum ggml_type`
 RECALL_TYPES = {"q8_0": 8, "q4_0": 2}
 #: the values of `enum laq_recall_read`
-RECALL_READS = {"auto": 0, "archive": 1, "cells": 2}
+RECALL_READS = {"auto": 0, "archive": 1, "cells": 2, "prompt": 3}
 #: the values of `enum laq_recall_device`
 RECALL_DEVICES = {"auto": 0, "cpu": 1, "device": 2}
 _NO_LIMIT = 2**64 - 1

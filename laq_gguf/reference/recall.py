@@ -20,7 +20,8 @@ At its end, as often as `message_again` says, the same with `choose_for_message`
 Where the archive can be attended to while a prompt is read (`reads_archive`), none of that is
 needed: the prompt, and the lookahead from its end, are decoded in view of all tokens (`visible`),
 and the lookahead alone chooses. Only an answer was generated in view of the cells alone: it is read
-again before the next prompt (`attend`).
+again before the next prompt (`attend`). Where a token costs too much in view of all of them, the
+prompt's last queries choose what it is looked ahead from (`choose_for_lookahead`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class RecallCache(ReselectCache):
             read twice.
         n_reread: tokens at the end of a conversation that are read again with it, at most.
         reads_archive: a prompt is read in view of its archive.
+        ahead_from_cells: it is looked ahead from what its last queries choose, without the archive.
         others: of ReselectCache.
     Attributes:
         in_parts: the prompt that is being read did not fit: it is read twice.
@@ -80,10 +82,11 @@ class RecallCache(ReselectCache):
         recall_rounds: int = 1,
         n_reread: int = 256,
         reads_archive: bool = False,
+        ahead_from_cells: bool = False,
         **others: Any,
     ) -> None:
         self.recall_rounds, self.n_reread = recall_rounds, n_reread
-        self.reads_archive = reads_archive
+        self.reads_archive, self.ahead_from_cells = reads_archive, ahead_from_cells
         super().__init__(params, **others)
 
     def clear(self) -> None:
@@ -289,6 +292,26 @@ class RecallCache(ReselectCache):
         self._archive_leaving(first)
         eviction = self._n_draft(), first, (by, n_end), n_end
         return self._reselect(*eviction, always=probed, n_fit=n_fit)
+
+    def choose_for_lookahead(self) -> bool:
+        """Before `prompt_end`: what was read in view of its archive chooses, by the queries of its
+        last snapkv_window tokens, as many tokens as there are cells for beside a lookahead, and is
+        looked ahead from these alone. False: that is not asked for.
+
+        Raises:
+            ValueError: more cells are pinned than the budget holds.
+        """
+        is_due = self.attending and self.ahead_from_cells and self.params.needs_lookahead
+        if not (is_due and self.recalls("turn")):
+            return False
+        n_end = self.n_tokens
+        n_intact = self._intact(n_end)
+        check_pinned(self.params, self.params.budget, n_intact, n_end)
+        self._archive_leaving(n_intact)
+        by = max(n_end - self.params.snapkv_window, 0), n_end
+        self._reselect(self._n_draft(), n_intact, by, n_end, always=True)
+        self.attending = False
+        return True
 
     def choose_ahead(self, pseudo: Tokens) -> None:
         """The first of two lookaheads: it chooses as many tokens as there are cells for, from which

@@ -110,6 +110,7 @@ enum laq_recall_read {
     LAQ_RECALL_READ_AUTO    = 0,  // ARCHIVE where all layers' cells are in host memory, CELLS otherwise
     LAQ_RECALL_READ_ARCHIVE = 1,  // of the cells and the archive, by the model's own attention
     LAQ_RECALL_READ_CELLS   = 2,
+    LAQ_RECALL_READ_PROMPT  = 3,  // ARCHIVE while it is read; looked ahead from what its last queries choose
 };
 
 struct laq_span {
@@ -239,8 +240,9 @@ enum laq_status laq_set_pinned(struct laq_cache * laq, int32_t seq_id, const str
 // what is cached, score it, and are dropped again (policies without lookahead: no such probe). Where values are fitted to
 // an archive there is no probe: the tokens decoded last choose from all tokens and are decoded again (n_recall_rounds). If
 // that fails, the sequence may end before them. With LAQ_RECALL_READ_ARCHIVE there is neither: what is decoded until the
-// eviction of laq_prompt_end() attends to the archive as well, at most 128 tokens at once, and of an answer that did not the
-// last n_reread tokens are decoded again first. The logits of the context are then those of the probe, or of these tokens.
+// eviction of laq_prompt_end() attends to the archive as well, at most 128 tokens at once (n_ubatch where cells are on a
+// device), and of an answer that did not the last n_reread tokens are decoded again first; so it is with
+// LAQ_RECALL_READ_PROMPT until laq_prompt_end(). The logits of the context are then those of the probe, or of these tokens.
 enum laq_status laq_prompt_next(struct laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                                 uint32_t * n_chunk);
 

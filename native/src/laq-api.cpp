@@ -151,7 +151,7 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(p.n_reread >= 1 && p.n_reread <= (1u << 20), "reread_size must be in [1, 2^20]");
     laq_check(p.recall_device >= LAQ_RECALL_ON_AUTO && p.recall_device <= LAQ_RECALL_ON_DEVICE,
               "recall_device is not one of enum laq_recall_device");
-    laq_check(p.recall_read >= LAQ_RECALL_READ_AUTO && p.recall_read <= LAQ_RECALL_READ_CELLS,
+    laq_check(p.recall_read >= LAQ_RECALL_READ_AUTO && p.recall_read <= LAQ_RECALL_READ_PROMPT,
               "recall_read is not one of enum laq_recall_read");
     laq_check(std::isfinite(p.value_fit) && p.value_fit >= 0.0f, "value_fit must be finite and not negative");
     check_spans(p.pinned, p.n_pinned);
@@ -297,9 +297,8 @@ laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
             laq->seqs[seq_id].attending = false;
             return;
         }
-        const bool probed = laq->seqs[seq_id].remembers || laq->seqs[seq_id].in_parts;
-        // what was read in view of all there is need not choose for itself
-        const bool drafted = recall && (laq->seqs[seq_id].attending || laq_recall_for_message(*laq, seq_id, probed));
+        const bool probed  = laq->seqs[seq_id].remembers || laq->seqs[seq_id].in_parts;
+        const bool drafted = recall && laq_recall_for_message(*laq, seq_id, probed);
         if (!laq_policy_needs_lookahead(laq->params)) {
             laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
         } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {

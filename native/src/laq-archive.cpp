@@ -70,14 +70,16 @@ bool laq_archive::has(int32_t pos) const {
     return pos >= 0 && i < blocks.size() && (blocks[i].held & bit_of(pos)) != 0;
 }
 
-bool laq_archive::has_all(int32_t end) const {
+bool laq_archive::has_all(int32_t end, bool in_memory) const {
     const size_t n = end / N_BLOCK;
     if (n > blocks.size() || (end % N_BLOCK != 0 && n == blocks.size())) {
         return false;
     }
-    const uint64_t rest = bit_of(end) - 1;
-    return std::all_of(blocks.begin(), blocks.begin() + n, [](const block & b) { return b.held == UINT64_MAX; }) &&
-           (rest == 0 || (blocks[n].held & rest) == rest);
+    const uint64_t rest    = bit_of(end) - 1;
+    const auto     is_here = [&](const block & b) { return b.data || !in_memory; };
+    return std::all_of(blocks.begin(), blocks.begin() + n,
+                       [&](const block & b) { return b.held == UINT64_MAX && is_here(b); }) &&
+           (rest == 0 || ((blocks[n].held & rest) == rest && is_here(blocks[n])));
 }
 
 std::vector<int32_t> laq_archive::positions() const {

@@ -42,8 +42,8 @@ class laq_archive {
     bool                 has(int32_t pos) const;
     bool                 in_memory(uint32_t block) const { return block < blocks.size() && blocks[block].data; }
     bool                 has_block(uint32_t block) const { return block < blocks.size() && blocks[block].held != 0; }
-    bool                 has_all(int32_t end) const;  // positions before it
-    std::vector<int32_t> positions() const;           // ascending
+    bool                 has_all(int32_t end, bool in_memory) const;  // positions before it; not in the file
+    std::vector<int32_t> positions() const;                           // ascending
 
     // Add tokens, in three steps: room for their positions (ascending, none is held); the caller writes each row; close.
     void      open(const std::vector<int32_t> & positions);

@@ -1,11 +1,11 @@
 // Attention to what left the cells. While a prompt is read, and while it is looked ahead from its end, the model's own
 // attention gets K and V of all tokens: a column for each position, from the archive below n_intact and from the cells from
 // there on. That is what a cache with room for all of them would give it, in the same order: so are the results, to the bit.
-// The columns are brought together for one layer at a time, in the buffers that graphs compute in.
+// The columns are brought together for one layer at a time, in the buffers that graphs compute in: by the CPU, to which the
+// scheduler brings what the cells have, and from which it takes the columns to where the layer is.
 
 #include "laq-cache.h"
 #include "laq-graph.h"
-#include "laq-move.h"
 #include "laq-recall.h"
 
 #include "ggml-backend.h"
@@ -18,28 +18,32 @@
 #include <cstring>
 #include <mutex>
 
-bool laq_choose_attend(const laq_cache & laq) {
-    if (laq.params.recall_read == LAQ_RECALL_READ_CELLS) {
-        return false;
-    }
+// Most tokens that attend to the archive at once where nothing is moved to a device: the mask of more is larger, and none
+// of them is read any faster.
+static constexpr uint32_t N_ATTEND = 128;
+
+static bool is_in_host_memory(const laq_cache & laq) {
     for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-        for (const ggml_tensor * t : { laq.k(ikv), laq.v(ikv) }) {
-            if (ggml_backend_buffer_is_host(t->buffer)) {
-                continue;
-            }
-            if (laq.params.recall_read == LAQ_RECALL_READ_ARCHIVE) {
-                throw laq_error(LAQ_STATUS_UNSUPPORTED, "recall_read = archive: the cells of a layer are on a device; "
-                                                        "use recall_read = auto or cells, or n_gpu_layers = 0");
-            }
+        if (!ggml_backend_buffer_is_host(laq.k(ikv)->buffer) || !ggml_backend_buffer_is_host(laq.v(ikv)->buffer)) {
             return false;
         }
     }
     return true;
 }
 
+void laq_choose_attend(laq_cache & laq) {
+    const bool in_host = is_in_host_memory(laq);
+    const int  read    = laq.params.recall_read;
+
+    laq.can_attend     = read == LAQ_RECALL_READ_AUTO ? in_host : read != LAQ_RECALL_READ_CELLS;
+    laq.attends_memory = !in_host;
+    // to a device goes all of a layer for each ubatch
+    laq.n_attend = in_host ? N_ATTEND : laq.ctx->n_ubatch();
+}
+
 bool laq_cache::may_attend(int32_t seq_id) const {
     const bool is_due = can_attend && may_recall(seq_id, LAQ_RECALL_TURN) && laq_policy_needs_queries(params);
-    return is_due && recall->archive.can_hold() && recall->archive.has_all(seqs[seq_id].n_intact);
+    return is_due && recall->archive.can_hold() && recall->archive.has_all(seqs[seq_id].n_intact, attends_memory);
 }
 
 bool laq_cache::attends(const llama_ubatch & ubatch) const {
@@ -47,7 +51,7 @@ bool laq_cache::attends(const llama_ubatch & ubatch) const {
         return true;
     }
     const laq_seq & seq = seqs[0];
-    if (!seq.attending || seq.n_intact == 0 || probing || ubatch.n_tokens > N_ATTEND || !may_attend(0)) {
+    if (!seq.attending || seq.n_intact == 0 || probing || ubatch.n_tokens > n_attend || !may_attend(0)) {
         return false;
     }
     // a unified cache takes more sequences than n_seq_max
@@ -80,8 +84,6 @@ class attend_input : public llm_graph_input_i {
     // columns of a block of the archive that is lost are not seen by the layers that come
     void hide(uint32_t block);
 
-    void set(int64_t token, int64_t column, bool visible) const;
-
     laq_cache &          laq;
     const int64_t        n;               // columns
     std::vector<int32_t> cell;            // [n] that a column is in, -1: the archive, or nothing is there
@@ -93,12 +95,13 @@ class attend_input : public llm_graph_input_i {
 
 }  // namespace
 
-void attend_input::set(int64_t token, int64_t column, bool visible) const {
-    char * at = (char *) mask->data + token * mask->nb[1] + column * mask->nb[0];
+// columns [first, last) of a row of the mask are not seen
+static void hide_columns(const ggml_tensor * mask, int64_t token, int64_t first, int64_t last) {
+    char * row = (char *) mask->data + token * mask->nb[1];
     if (mask->type == GGML_TYPE_F16) {
-        *(ggml_fp16_t *) at = visible ? 0 : 0xFC00;  // 0 and -inf
+        std::fill((ggml_fp16_t *) row + first, (ggml_fp16_t *) row + last, (ggml_fp16_t) 0xFC00);  // -inf
     } else {
-        *(float *) at = visible ? 0.0f : -INFINITY;
+        std::fill((float *) row + first, (float *) row + last, -INFINITY);
     }
 }
 
@@ -112,13 +115,14 @@ void attend_input::set_input(const llama_ubatch * ubatch) {
             cell[p] = c;
         }
     }
-    std::vector<uint8_t> there(n);
-    for (int64_t p = 0; p < n; ++p) {
-        there[p] = p < n_intact ? laq.recall->archive.has(p) : cell[p] >= 0;
-    }
+    memset(mask->data, 0, ggml_nbytes(mask));
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
-        for (int64_t p = 0; p < n; ++p) {
-            set(i, p, there[p] && p <= ubatch->pos[i]);
+        hide_columns(mask, i, ubatch->pos[i] + 1, n);
+    }
+    for (int64_t p = 0; p < n; ++p) {
+        const bool there = p < n_intact ? laq.recall->archive.has(p) : cell[p] >= 0;
+        for (uint32_t i = 0; i < ubatch->n_tokens && !there; ++i) {
+            hide_columns(mask, i, p, p + 1);
         }
     }
     laq.stats.n_attended += ubatch->n_tokens;
@@ -130,10 +134,9 @@ bool attend_input::can_reuse(const llm_graph_params & params) {
 
 void attend_input::hide(uint32_t block) {
     const int64_t first = (int64_t) block * laq_archive::N_BLOCK;
-    for (int64_t p = first; p < std::min<int64_t>(first + laq_archive::N_BLOCK, laq.seqs[0].n_intact); ++p) {
-        for (int64_t i = 0; i < mask->ne[1]; ++i) {
-            set(i, p, false);
-        }
+    const int64_t last  = std::min<int64_t>(first + laq_archive::N_BLOCK, laq.seqs[0].n_intact);
+    for (int64_t i = 0; i < mask->ne[1]; ++i) {
+        hide_columns(mask, i, first, last);
     }
 }
 
@@ -170,13 +173,24 @@ static bool fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t blo
     return true;
 }
 
+// [n_embd_head, n_head_kv, n_cells], or with the cells first where V is transposed
+static void copy_from_cell(ggml_tensor * dst, int64_t column, uint32_t h, const ggml_tensor * cells, int32_t cell) {
+    uint8_t *    to   = row_of(dst, column, h);
+    const char * from = (const char *) cells->data + h * cells->nb[1];
+    if (cells->nb[1] <= cells->nb[2]) {
+        memcpy(to, from + cell * cells->nb[2], dst->nb[1]);
+        return;
+    }
+    const size_t n_item = cells->nb[0];
+    for (int64_t i = 0; i < dst->ne[0]; ++i) {
+        memcpy(to + i * n_item, from + i * cells->nb[2] + cell * n_item, n_item);
+    }
+}
+
 // a block of columns for each thread of the CPU's backend, and on
 static void fill(ggml_tensor * dst, int ith, int nth, void * data) {
     const attend_part & a = *(const attend_part *) data;
 
-    laq_host_buffer      none;  // the host sees all of it
-    const laq_cell_rows  cells(a.input.laq, a.ikv, a.part == 1, 0, a.input.laq.n_cells(), none);
-    std::vector<uint8_t> turned(cells.row_size());
     for (int64_t b = ith; b < a.input.n / laq_archive::N_BLOCK; b += nth) {
         const bool archived = fill_archived(dst, a, b);
         for (int64_t p = b * laq_archive::N_BLOCK; p < (b + 1) * laq_archive::N_BLOCK; ++p) {
@@ -184,7 +198,7 @@ static void fill(ggml_tensor * dst, int ith, int nth, void * data) {
                 memset(row_of(dst, p, 0), 0, dst->nb[2]);  // it is not seen, but must be finite
             }
             for (int64_t h = 0; h < dst->ne[1] && a.input.cell[p] >= 0; ++h) {
-                memcpy(row_of(dst, p, h), cells.row(h, a.input.cell[p], turned.data()), cells.row_size());
+                copy_from_cell(dst, p, h, dst->src[0], a.input.cell[p]);
             }
         }
     }
@@ -228,7 +242,7 @@ void laq_graph_attend(laq_cache & laq, const llm_graph_context & gctx, ggml_tens
 void laq_graph_reserve_attend(laq_cache & laq) {
     llama_context & ctx  = *laq.ctx;
     const auto      mctx = ctx.get_memory()->init_full();
-    const uint32_t  n    = std::min(ctx.n_ubatch(), laq_cache::N_ATTEND);
+    const uint32_t  n    = std::min(ctx.n_ubatch(), laq.n_attend);
 
     laq.reserving          = true;
     const ggml_cgraph * gf = ctx.graph_reserve(n, 1, n, mctx.get());

@@ -38,8 +38,8 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
         devices += (devices.empty() ? "" : " ") + std::string(dev ? ggml_backend_dev_name(dev) : "unknown");
     }
     if (params.archive) {
-        recall     = std::make_unique<laq_recall_state>(*this);
-        can_attend = laq_choose_attend(*this);
+        recall = std::make_unique<laq_recall_state>(*this);
+        laq_choose_attend(*this);
     }
     stats.n_ctx         = n_ctx;
     stats.kv_bytes_full = kv_bytes() / n_cells() * n_ctx;

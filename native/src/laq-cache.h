@@ -187,11 +187,13 @@ struct laq_cache {
     std::vector<laq_saved> saved;               // a state being read, taken over when its cells are there
     bool                   keep_rings = false;  // a state being read leaves the captured queries as they are
 
-    bool        can_score  = false;  // what scoring needs was allocated
-    bool        can_attend = false;  // the same for attention to the archive
-    bool        reserving  = false;  // the graph that is built is the largest one that does
-    bool        by_graph   = false;  // K and V are moved by a graph on their device
-    std::string devices;             // as laq_stats has them
+    bool        can_score      = false;  // what scoring needs was allocated
+    bool        can_attend     = false;  // the same for attention to the archive
+    uint32_t    n_attend       = 0;      // most tokens that attend to it at once
+    bool        attends_memory = false;  // only to one that is in memory: what a device masks cannot change on the way
+    bool        reserving      = false;  // the graph that is built is the largest one that does
+    bool        by_graph       = false;  // K and V are moved by a graph on their device
+    std::string devices;                 // as laq_stats has them
     std::string score_reason;
     std::string compact_reason;
 
@@ -308,10 +310,7 @@ struct laq_cache {
     laq_parked & park(int32_t seq_id);
     void         resume(int32_t seq_id, laq_parked & p);
 
-    // Whether the graph of a ubatch attends to the archive as well, and to how many columns: one for each position. Most
-    // tokens of such a ubatch.
-    static constexpr uint32_t N_ATTEND = 128;
-
+    // Whether the graph of a ubatch attends to the archive as well, and to how many columns: one for each position.
     bool     attends(const llama_ubatch & ubatch) const;
     uint32_t n_attended_to() const;
 

@@ -24,7 +24,7 @@ void laq_set_threads(ggml_backend_t backend, int n_threads);
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
 
 // Whether graphs attend to the archive while a prompt is read. Throws laq_error if it was asked for and they cannot.
-bool laq_choose_attend(const laq_cache & laq);
+void laq_choose_attend(laq_cache & laq);
 
 // let the scheduler plan for the largest graph that does; throws laq_error
 void laq_graph_reserve_attend(laq_cache & laq);

@@ -46,7 +46,7 @@ static void decode(laq_cache & laq, int32_t seq_id, const llama_token * tokens, 
 // most tokens that are decoded at once
 static uint32_t n_batch_of(const laq_cache & laq, int32_t seq_id) {
     const uint32_t n = laq.ctx->n_batch();
-    return laq.seqs[seq_id].attending ? std::min(n, laq_cache::N_ATTEND) : n;
+    return laq.seqs[seq_id].attending ? std::min(n, laq.n_attend) : n;
 }
 
 // One pass over tokens that say nothing: their queries know only where they stand. Returns how many.
@@ -280,8 +280,8 @@ static laq_chunk plan_attending(const laq_cache & laq, int32_t seq_id, uint32_t 
     }
     if (plan.n_evict > 0 || laq.seqs[seq_id].n_intact > 0) {
         // two halves at the end, no small rest: ggml's CPU backend sums the attention of fewer than 64 tokens in another order
-        const bool is_end = n_tokens > laq_cache::N_ATTEND && n_tokens < 2 * laq_cache::N_ATTEND;
-        plan.n_tokens     = std::min(plan.n_tokens, is_end ? (n_tokens + 1) / 2 : laq_cache::N_ATTEND);
+        const bool is_end = n_tokens > laq.n_attend && n_tokens < 2 * laq.n_attend;
+        plan.n_tokens     = std::min(plan.n_tokens, is_end ? (n_tokens + 1) / 2 : laq.n_attend);
     }
     const uint32_t n_free = n_cells - std::min(n_cells, laq.n_used() - plan.n_evict);
     plan.n_tokens         = std::min(plan.n_tokens, n_free);
@@ -386,7 +386,28 @@ static uint32_t decode_ahead_from_snapkv(laq_cache & laq, int32_t seq_id, const 
     return n;
 }
 
+// What was read in view of all there is chooses what it is looked ahead from: as many tokens as there are cells for.
+static void choose_for_lookahead(laq_cache & laq, int32_t seq_id) {
+    const int32_t      n_prompt = laq.n_tokens(seq_id);
+    const laq_eviction e        = { seq_id,
+                                    laq_policy_draft(laq.params, n_room_of(laq, seq_id)),
+                                    laq_policy_message(laq.params, 0, n_prompt),
+                                    false,
+                                    laq.intact_from(seq_id, n_prompt),
+                                    n_prompt,
+                                    true,
+                                    true };
+    laq.run_update([&] { laq.choose_again(e); });
+    laq.seqs[seq_id].attending = false;
+}
+
 bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed) {
+    if (laq.seqs[seq_id].attending) {
+        if (laq.params.recall_read == LAQ_RECALL_READ_PROMPT && laq_policy_needs_lookahead(laq.params)) {
+            choose_for_lookahead(laq, seq_id);
+        }
+        return true;
+    }
     // Probes have looked for this message, and ahead of it: what they kept is more than its own queries know of. Where
     // values are fitted, they come to give what all tokens give, from which it is read again.
     if (probed && !laq.fits_to_archive()) {

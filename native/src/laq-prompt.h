@@ -16,5 +16,6 @@ void laq_evict_by_pseudo(laq_cache & laq, int32_t seq_id, bool drafted, bool pro
 
 // A message was read while what it looks at may not have been there, and so was the answer before it: n_recall_rounds
 // times, once more where probes have read it, the last tokens select by their own queries what is looked ahead from, and
-// both are read again. Returns whether anything came back. Throws laq_error.
+// both are read again. Nothing is where they were read in view of the archive. Returns whether anything came back, or all of
+// it was there. Throws laq_error.
 bool laq_recall_for_message(laq_cache & laq, int32_t seq_id, bool probed);

@@ -17,7 +17,7 @@ from integration.test_archive import file_of_archive
 from integration.test_recall import SETTINGS, last_logits, turn
 from laq_gguf.errors import LaqUnsupportedError
 from parity.rows import ggml_type
-from tolerances import assert_equal, assert_nmse
+from tolerances import assert_equal, assert_nmse, nmse
 
 pytestmark = pytest.mark.skipif(not device.ON_CPU, reason="of cells in host memory")
 
@@ -109,6 +109,44 @@ def test_what_stays_is_what_stays_of_the_whole_cache(
         logits.append(last_logits(llm))
     assert_equal(kept[0], kept[1], "positions")
     assert_equal(logits[0], logits[1], "logits")
+
+
+@pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
+def test_a_prompt_alone_in_view_of_the_archive(
+    tiny_gguf: Callable[..., Path], lookahead: str
+) -> None:
+    prompt = tokens_of(N_PROMPT, seed=1)
+    full = whole(tiny_gguf, prompt)
+    llm = open_llama(
+        tiny_gguf("llama"), recall_read="prompt", lookahead=lookahead, n_ctx=1536, **SETTINGS
+    )
+    n_free = llm.kv_stats().n_cells - 8
+    llm.eval(prompt)
+    assert_equal(last_logits(llm), last_logits(full), "logits")
+    stats = llm.kv_stats()
+    n_attended = stats.n_attended
+    assert n_attended > 400 and stats.n_reread == stats.n_probe == 0
+    if lookahead == "deferred":
+        assert stats.n_resident == n_free, "all that there is room for, to be looked ahead from"
+    assert stats.n_recalls == (1 if lookahead == "deferred" else 2)
+    for token in tokens_of(9, seed=2):
+        llm.eval([token])
+    stats = llm.kv_stats()
+    assert (stats.n_attended, stats.n_recalls) == (n_attended, 2), "looked ahead from the cells"
+
+
+def test_what_the_prompt_chooses_is_fitted_to_all_of_it(tiny_gguf: Callable[..., Path]) -> None:
+    prompt, token, errors = tokens_of(N_PROMPT, seed=1), tokens_of(1, seed=2), []
+    full = whole(tiny_gguf, prompt)
+    full.eval(token)
+    for value_fit in (0.0, 0.01):
+        llm = open_llama(
+            tiny_gguf("llama"), recall_read="prompt", value_fit=value_fit, n_ctx=1536, **SETTINGS
+        )
+        llm.eval(prompt)
+        llm.eval(token)
+        errors.append(nmse(last_logits(llm), last_logits(full)))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., Path]) -> None:

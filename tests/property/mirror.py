@@ -78,6 +78,7 @@ class Mirror:
             recall_rounds=llm.recall_config.recall_rounds,
             n_reread=llm.recall_config.reread_size,
             reads_archive=llm.recall_config.recall_read != "cells",
+            ahead_from_cells=llm.recall_config.recall_read == "prompt",
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
@@ -201,8 +202,9 @@ class Mirror:
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            n_again = self._choose_for_message()
-            reads_again = looks_ahead and n_again == 0 and not cache.attending
+            drafted = cache.attending
+            n_again = 0 if cache.choose_for_lookahead() else self._choose_for_message()
+            reads_again = looks_ahead and n_again == 0 and not drafted
             tail = self._tail(params.window) if reads_again else []
             n_before, n_prompt = cache.n_recalls, cache.n_tokens
             cache.prompt_end(self._pseudo() if looks_ahead else None)

@@ -261,6 +261,25 @@ SETUPS = (
             "recall_device": "device",
         },
     ),
+    Setup(
+        "prompt in view of the archive",
+        "laq++",
+        archive={"kv_recall": "ram", "recall": "turn", "recall_read": "prompt"},
+    ),
+    Setup(
+        "prompt in view of the archive, pseudo",
+        "laq",
+        rules=PSEUDO,
+        context=NO_FA,
+        archive={
+            "kv_recall": "ram",
+            "kv_recall_limit": "64KiB",
+            "recall": "turn",
+            "recall_read": "prompt",
+            "recall_rounds": 0,
+            "recall_device": "device",
+        },
+    ),
     Setup("recall when told", "laq", archive={"kv_recall": "ram", "recall": "never"}),
     Setup("full", "full", context={"n_ctx": 512}),
 )

@@ -18,6 +18,7 @@ def opened(
     recall: str | None = "turn",
     recall_rounds: int = 1,
     reads_archive: bool = False,
+    ahead_from_cells: bool = False,
     **params,
 ) -> RecallCache:
     rules = {
@@ -28,7 +29,12 @@ def opened(
         "value_fit": 0,
     }
     made = PolicyParams(**{**rules, **params})
-    own = {"recall": recall, "recall_rounds": recall_rounds, "reads_archive": reads_archive}
+    own = {
+        "recall": recall,
+        "recall_rounds": recall_rounds,
+        "reads_archive": reads_archive,
+        "ahead_from_cells": ahead_from_cells,
+    }
     return RecallCache(made, **own, **SHAPE, n_cells=n_cells, n_batch=32)
 
 
@@ -261,6 +267,29 @@ def test_a_prompt_is_read_in_view_of_its_archive(value_fit: float) -> None:
     assert (cache.n_tokens, cache.n_resident, cache.n_recalls) == (500, 32, 1)
     assert not cache.attends(8), "the answer comes from the cells alone"
     assert cache.visible(0, 8)[0].shape[1] == 32
+
+
+def test_a_prompt_read_in_view_of_its_archive_ends_in_two_halves() -> None:
+    cache = opened(n_cells=600, reads_archive=True)
+    cache.n_batch = 512
+    sizes = read_on(cache, 1100)
+    assert sum(sizes) == 1100 and min(sizes) >= 64
+    assert sizes[-2:] == [69, 68], "not 128 and 9"
+
+
+@pytest.mark.parametrize("value_fit", [0, 0.01])
+def test_a_prompt_chooses_what_it_is_looked_ahead_from(value_fit: float) -> None:
+    cache = opened(n_cells=100, reads_archive=True, ahead_from_cells=True, value_fit=value_fit)
+    read_on(cache, 500)
+    assert cache.choose_for_lookahead()
+    assert (cache.n_tokens, cache.n_resident, cache.n_recalls) == (500, 100 - 8, 1)
+    assert not cache.attends(1) and not cache.choose_for_lookahead()
+    cache.prompt_end(tokens(8, seed=2, first=500))
+    assert (cache.n_tokens, cache.n_resident, cache.n_recalls) == (500, 32, 2)
+    for n, others in [(500, {}), (90, {"ahead_from_cells": True})]:
+        other = opened(n_cells=100, reads_archive=True, value_fit=value_fit, **others)
+        read_on(other, n)
+        assert not other.choose_for_lookahead(), "with the archive, or nothing has left"
 
 
 def test_an_answer_is_read_again_before_the_next_prompt() -> None:

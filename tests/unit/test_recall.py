@@ -22,7 +22,7 @@ from laq_gguf.recall import RecallConfig
         ({"kv_recall_type": "q8_0"}, 'give kv_recall="ram"'),
         ({"kv_recall": "ram", "recall_device": "gpu"}, "must be one of auto, cpu, device"),
         ({"kv_recall": "ram", "recall_device": None}, "recall_device must be one of"),
-        ({"kv_recall": "ram", "recall_read": "all"}, "must be one of auto, archive, cells"),
+        ({"kv_recall": "ram", "recall_read": "all"}, "must be one of auto, archive, cells, prompt"),
         ({"recall_read": "cells"}, 'recall_read is of the archive.*give kv_recall="ram"'),
         ({"recall_device": "cpu"}, 'recall_device is of the archive.*give kv_recall="ram"'),
     ],
