@@ -50,7 +50,7 @@ SOURCES = ("ggml", "src", "include", "cmake", "vendor", "CMakeLists.txt", "LICEN
 BUILT = ("bin", "tests/test-backend-ops", "_laq_cffi.py")
 RESULTS = ROOT / "laq_gguf" / "bench" / "results"
 BACKENDS = {"cuda": "CUDA", "vulkan": "Vulkan", "metal": "MTL", "cpu": "CPU"}
-TESTS = ("tests/parity", "tests/integration/test_eviction.py",
+TESTS = ("tests/parity", "tests/integration/test_attend.py", "tests/integration/test_eviction.py",
          "tests/integration/test_recall.py", "tests/integration/test_sequences.py",
          "tests/integration/test_state.py", "tests/integration/test_values.py")  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan += [(f"capped {n}", n, n + n_cells, capped) for n in args.n_prompts]
     recall = {**capped, "lookahead": "pseudo", "kv_recall": "ram"}
     plan.append((f"recall {first}", first, first + n_cells, recall))
+    plan.append((f"prompt {first}", first, first + n_cells, {**recall, "recall_read": "prompt"}))
     for name, n_prompt, n_ctx, options in plan:
         print(f"{args.device}: {name}, {n_prompt} tokens", file=sys.stderr)
         document["results"][name] = _measure(args, n_prompt, n_ctx, n_settle, options)
@@ -198,4 +199,14 @@ def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
     again = results.get(f"recall {n_prompts[0]}")
     if again:
         lines += recall_bars(again["rounds"], full, n_prompts[0])
+    read = results.get(f"prompt {n_prompts[0]}")
+    if read:
+        first, of_whole = ([r["first_token_s"] for r in own] for own in (read["rounds"], whole))
+        lines.append(
+            bar(
+                f"time to first token, {n_prompts[0]} tokens read in view of the archive, with "
+                "their lookahead and choices / whole cache's",
+                ratios(first, of_whole), "<= 2", lambda x: x <= 2,
+            )
+        )  # fmt: skip
     return lines

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def rounds(*ms_steps: float, full: float = 10.0, wall: float = 15.0) -> list[dict]:
     evicted = {"reported": 12.0, "wall": wall}
-    return [{"ms_step": ms, "ms_full_steps": [full, full], "eviction": evicted} for ms in ms_steps]
+    own = {"first_token_s": 1.5, "ms_full_steps": [full, full], "eviction": evicted}
+    return [{"ms_step": ms, **own} for ms in ms_steps]
 
 
 def results() -> dict[str, dict]:
@@ -51,6 +52,12 @@ def test_a_re_selection_is_told_in_steps_and_in_bytes() -> None:
     assert steps["values"] == [5.0, 5.0] and steps["passed"]
     assert seconds["values"] == [0.05, 0.05] and seconds["passed"]
     assert added["values"] == [0, 1] and not added["passed"]
+
+
+def test_a_prompt_read_with_an_archive_is_told_beside_the_whole_cache_s() -> None:
+    read = {"rounds": [{"first_token_s": 4.5}] * 2}
+    line = device.bars({**results(), "prompt 64": read}, [64])[-1]
+    assert line["values"] == pytest.approx([3.0, 3.0]) and not line["passed"]
 
 
 def gpu_check() -> dict:
@@ -102,7 +109,7 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text(encoding="utf-8"))
     found = document["results"]
-    assert list(found) == ["short", "whole", "capped 640", "capped 700", "recall 640"]
+    assert list(found) == ["short", "whole", "capped 640", "capped 700", "recall 640", "prompt 640"]
     assert found["short"]["stats"] is None
     assert found["whole"]["stats"]["n_evictions"] == 1
     for name in ("capped 640", "capped 700"):
@@ -113,7 +120,11 @@ def test_command(bench, model: Path, tmp_path: Path) -> None:
     assert again["n_recalls"] + again["n_recalls_skipped"] == 1
     assert again["n_recalls"] >= 1 and again["n_recalled"] > 0
     assert again["device_bytes_before"] == again["device_bytes_after"] > 0
-    assert len(document["bars"]) == 10
+    # the message chooses what it is looked ahead from
+    again = found["prompt 640"]["rounds"][0]["recall"]
+    assert again["n_recalls"] + again["n_recalls_skipped"] == 2 and again["n_reread"] > 0
+    assert found["prompt 640"]["stats"]["n_attended"] > 0
+    assert len(document["bars"]) == 11
     assert "| bar |" in report.render(out)
 
 

@@ -19,8 +19,8 @@ from laq_gguf.errors import LaqUnsupportedError
 from parity.rows import ggml_type
 from tolerances import assert_equal, assert_nmse, nmse
 
-pytestmark = pytest.mark.skipif(not device.ON_CPU, reason="of cells in host memory")
-
+ARCHIVE = {**SETTINGS, "recall_read": "archive"}
+PROMPT = {**SETTINGS, "recall_read": "prompt"}
 N_PROMPT = 700
 #: of logits, where sums have another order: an answer that is read again is read in one batch
 NMSE = 1e-8
@@ -43,7 +43,9 @@ def test_logits_are_those_of_the_whole_cache(
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt, flash_attn=flash_attn))
-    llm = open_llama(tiny_gguf("llama"), flash_attn=flash_attn, **{**SETTINGS, **archive})
+    if archive and not device.ON_CPU:
+        pytest.skip("from a device what is in a file is not attended to")
+    llm = open_llama(tiny_gguf("llama"), flash_attn=flash_attn, **{**ARCHIVE, **archive})
     before = llm.kv_stats()
     llm.eval(prompt)
     stats = llm.kv_stats()
@@ -59,7 +61,7 @@ def test_cells_of_other_types(tiny_gguf: Callable[..., Path], cache_type: str) -
     types = {"type_k": ggml_type(cache_type), "type_v": ggml_type(cache_type)}
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt, **types))
-    llm = open_llama(tiny_gguf("llama"), **SETTINGS, **types)
+    llm = open_llama(tiny_gguf("llama"), **ARCHIVE, **types)
     llm.eval(prompt)
     assert_equal(last_logits(llm), wanted, "logits")
 
@@ -67,9 +69,9 @@ def test_cells_of_other_types(tiny_gguf: Callable[..., Path], cache_type: str) -
 def test_an_archive_of_a_smaller_type_costs_what_it_rounds(tiny_gguf: Callable[..., Path]) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt))
-    llm = open_llama(tiny_gguf("llama"), kv_recall_type="q8_0", **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), kv_recall_type="q8_0", **ARCHIVE)
     llm.eval(prompt)
-    cells = open_llama(tiny_gguf("llama"), recall_read="cells", **SETTINGS)
+    cells = open_llama(tiny_gguf("llama"), **{**ARCHIVE, "recall_read": "cells"})
     cells.eval(prompt)
     error = [float(np.square(last_logits(x) - wanted).mean()) for x in (llm, cells)]
     assert 0 < error[0] < 0.05 * error[1]
@@ -80,7 +82,7 @@ def test_the_first_tokens_of_an_answer_are_the_whole_cache_s(
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     full = whole(tiny_gguf, prompt)
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **ARCHIVE)
     llm.eval(prompt)
     for token in tokens_of(8, seed=2):
         assert llm.kv_stats().pending
@@ -99,7 +101,7 @@ def test_what_stays_is_what_stays_of_the_whole_cache(
     tiny_gguf: Callable[..., Path], value_fit: float
 ) -> None:
     prompt, kept, logits = tokens_of(N_PROMPT, seed=1), [], []
-    for settings in (SETTINGS, {"kv_budget": 64, "kv_staging": 1200}):
+    for settings in (ARCHIVE, {"kv_budget": 64, "kv_staging": 1200}):
         settings = {**settings, "lookahead": "pseudo", "n_ctx": 1536, "value_fit": value_fit}
         llm = open_llama(tiny_gguf("llama"), **settings)
         llm.eval(prompt)
@@ -117,9 +119,7 @@ def test_a_prompt_alone_in_view_of_the_archive(
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     full = whole(tiny_gguf, prompt)
-    llm = open_llama(
-        tiny_gguf("llama"), recall_read="prompt", lookahead=lookahead, n_ctx=1536, **SETTINGS
-    )
+    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **PROMPT)
     n_free = llm.kv_stats().n_cells - 8
     llm.eval(prompt)
     assert_equal(last_logits(llm), last_logits(full), "logits")
@@ -140,9 +140,7 @@ def test_what_the_prompt_chooses_is_fitted_to_all_of_it(tiny_gguf: Callable[...,
     full = whole(tiny_gguf, prompt)
     full.eval(token)
     for value_fit in (0.0, 0.01):
-        llm = open_llama(
-            tiny_gguf("llama"), recall_read="prompt", value_fit=value_fit, n_ctx=1536, **SETTINGS
-        )
+        llm = open_llama(tiny_gguf("llama"), value_fit=value_fit, **PROMPT)
         llm.eval(prompt)
         llm.eval(token)
         errors.append(nmse(last_logits(llm), last_logits(full)))
@@ -151,7 +149,7 @@ def test_what_the_prompt_chooses_is_fitted_to_all_of_it(tiny_gguf: Callable[...,
 
 def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., Path]) -> None:
     exact = {"type_k": ggml_type("f32"), "type_v": ggml_type("f32"), "flash_attn": False}
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **SETTINGS, **exact)
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **ARCHIVE, **exact)
     prompt = turn(llm, [], 1, N_PROMPT)
     assert llm.kv_stats().n_reread == 0
     prompt += tokens_of(30, seed=3)
@@ -167,7 +165,7 @@ def test_a_prompt_that_is_set_aside_goes_on_in_view_of_all(
     tiny_gguf: Callable[..., Path], lookahead: str
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
-    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **ARCHIVE)
     laq, prompt_next = llm._laq, llm._laq.prompt_next
 
     def set_aside(left: Any) -> int:
@@ -181,8 +179,9 @@ def test_a_prompt_that_is_set_aside_goes_on_in_view_of_all(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self")
+@pytest.mark.skipif(not device.ON_CPU, reason="from a device what is in a file is not attended to")
 def test_what_is_lost_on_the_way_is_not_looked_at(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **{**SETTINGS, "kv_recall": "disk"})
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **{**ARCHIVE, "kv_recall": "disk"})
     prompt = turn(llm, [], 1, N_PROMPT)
     os.truncate(file_of_archive(), 0)
     prompt = turn(llm, prompt, 2)
@@ -194,16 +193,24 @@ def test_what_is_lost_on_the_way_is_not_looked_at(tiny_gguf: Callable[..., Path]
 
 
 def test_a_long_lookahead_and_a_large_batch(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", n_batch=512, **SETTINGS)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", n_batch=512, **ARCHIVE)
     prompt = turn(llm, [], 1, N_PROMPT)
     assert llm.kv_stats().n_attended > 400
     answer = greedy(llm, prompt, 30)
     assert len(answer) == 30
 
 
-def test_what_cannot_be_is_refused(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), recall_read="archive", **SETTINGS)
+def test_auto_reads_in_view_of_the_archive_where_the_cells_are_in_host_memory(
+    tiny_gguf: Callable[..., Path],
+) -> None:
+    llm = open_llama(tiny_gguf("llama"), **SETTINGS)
     llm.eval(tokens_of(N_PROMPT, seed=1))
-    assert llm.kv_stats().n_attended > 0
+    assert (llm.kv_stats().n_attended > 0) == device.ON_CPU
+    disk = open_llama(tiny_gguf("llama"), **{**ARCHIVE, "kv_recall": "disk"})
+    disk.eval(tokens_of(N_PROMPT, seed=1))
+    assert (disk.kv_stats().n_attended > 0) == device.ON_CPU, "the archive is in a file"
+
+
+def test_what_cannot_be_is_refused(tiny_gguf: Callable[..., Path]) -> None:
     with pytest.raises(LaqUnsupportedError, match="sliding"):
-        open_llama(tiny_gguf("gemma3"), recall_read="archive", **SETTINGS)
+        open_llama(tiny_gguf("gemma3"), **ARCHIVE)
