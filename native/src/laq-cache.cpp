@@ -50,6 +50,7 @@ laq_cache::laq_cache(llama_context * ctx, const laq_params & p) :
 }
 
 laq_cache::~laq_cache() {
+    ctx->synchronize();  // a device may still write to the rings
     kv->laq = nullptr;
     ctx->set_laq(nullptr, n_ctx_own);
 }
