@@ -102,6 +102,7 @@ struct laq_saved {
     int32_t                           n_exact;
     bool                              attending;
     std::vector<int32_t>              ring_pos;
+    std::vector<uint8_t>              ring_exact;
     std::vector<std::vector<int32_t>> origin;  // per KV layer [n_head_kv][n_mixed], in order of the table's positions
     std::vector<std::vector<float>>   memory;  // the same; empty if the sequence does not remember
     bool                              has_outputs = true;

@@ -12,7 +12,7 @@
 #include <utility>
 
 static constexpr uint32_t STATE_MAGIC   = 0x3151414c;  // "LAQ1"
-static constexpr uint32_t STATE_VERSION = 7;
+static constexpr uint32_t STATE_VERSION = 8;
 
 template <typename T> static void put(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -58,6 +58,7 @@ static void write_ring(const laq_cache & laq, llama_io_write_i & io, int32_t s) 
     const laq_ring & ring = laq.seqs[s].ring;
     put<uint32_t>(io, ring.pos.size());
     io.write(ring.pos.data(), ring.pos.size() * sizeof(int32_t));
+    io.write(ring.exact.data(), ring.exact.size());
     for (const laq_layer & layer : laq.layers) {
         put<uint32_t>(io, layer.ring->nb[1]);
         for (size_t i = 0; i < ring.pos.size(); ++i) {
@@ -170,6 +171,8 @@ static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & s
     }
     saved.ring_pos.resize(ring.pos.size());
     io.read(saved.ring_pos.data(), saved.ring_pos.size() * sizeof(int32_t));
+    saved.ring_exact.resize(ring.exact.size());
+    io.read(saved.ring_exact.data(), saved.ring_exact.size());
 
     std::vector<uint8_t> row;
     for (const laq_layer & layer : laq.layers) {
@@ -304,6 +307,9 @@ void laq_kv_state_done(laq_cache & laq) {
         if (!laq.keep_rings) {
             seq.ring.pos = saved.ring_pos;
             seq.ring.exact.assign(seq.ring.pos.size(), 0);
+            if (saved.has_outputs) {
+                seq.ring.exact = saved.ring_exact;
+            }
         }
         std::vector<uint32_t> mixed;
         for (const uint32_t cell : laq.resident(saved.seq_id)) {
