@@ -81,8 +81,8 @@ class attend_input : public llm_graph_input_i {
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    // columns of a block of the archive that is lost are not seen by the layers that come
-    void hide(uint32_t block);
+    // columns [first, last) are not seen by any token; by a lost block, in the layers that come
+    void hide(int64_t first, int64_t last) const;
 
     laq_cache &          laq;
     const int64_t        n;               // columns
@@ -120,9 +120,8 @@ void attend_input::set_input(const llama_ubatch * ubatch) {
         hide_columns(mask, i, ubatch->pos[i] + 1, n);
     }
     for (int64_t p = 0; p < n; ++p) {
-        const bool there = p < n_intact ? laq.recall->archive.has(p) : cell[p] >= 0;
-        for (uint32_t i = 0; i < ubatch->n_tokens && !there; ++i) {
-            hide_columns(mask, i, p, p + 1);
+        if (p < n_intact ? !laq.recall->archive.has(p) : cell[p] < 0) {
+            hide(p, p + 1);
         }
     }
     laq.stats.n_attended += ubatch->n_tokens;
@@ -132,9 +131,7 @@ bool attend_input::can_reuse(const llm_graph_params & params) {
     return params.cparams.laq == &laq && laq.n_attended_to() == n && mask->ne[1] == params.ubatch.n_tokens;
 }
 
-void attend_input::hide(uint32_t block) {
-    const int64_t first = (int64_t) block * laq_archive::N_BLOCK;
-    const int64_t last  = std::min<int64_t>(first + laq_archive::N_BLOCK, laq.seqs[0].n_intact);
+void attend_input::hide(int64_t first, int64_t last) const {
     for (int64_t i = 0; i < mask->ne[1]; ++i) {
         hide_columns(mask, i, first, last);
     }
@@ -161,7 +158,7 @@ static bool fill_archived(ggml_tensor * dst, const attend_part & a, uint32_t blo
     }
     const uint8_t * src = r.archive.has_block(block) ? r.archive.part(block, a.ikv, a.part, read) : nullptr;
     if (!src) {
-        a.input.hide(block);
+        a.input.hide(first, std::min<int64_t>(first + laq_archive::N_BLOCK, a.input.laq.seqs[0].n_intact));
         return false;
     }
     for (int64_t h = 0; h < dst->ne[1]; ++h) {

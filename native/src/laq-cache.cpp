@@ -326,8 +326,9 @@ void laq_cache::capture(const llama_ubatch & ubatch, uint32_t n, int64_t * slots
 
         slots[n - 1 - i] = stale ? n_slots - 1 : ring.slot_of(pos);
         if (!stale) {
-            ring.pos[ring.slot_of(pos) - ring.first]   = pos;
-            ring.exact[ring.slot_of(pos) - ring.first] = !probing && (seqs[seq_id].n_intact == 0 || attending);
+            const int32_t at = ring.slot_of(pos) - ring.first;
+            ring.pos[at]     = pos;
+            ring.exact[at]   = !probing && (seqs[seq_id].n_intact == 0 || attending);
         }
     }
     stats.n_decoded += ubatch.n_tokens;

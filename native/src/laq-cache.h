@@ -145,6 +145,7 @@ struct laq_eviction {
 struct laq_observation {
     int32_t slot;
     int32_t pos;
+    bool    exact;  // as laq_ring has it
 };
 
 // Those that the eviction asks for and that are held.
@@ -153,7 +154,7 @@ std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_e
 // the last ones of many: what a fit costs grows with their square
 std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, uint32_t n_fit);
 // Whether the ring has what they get from all tokens: the model's own attention gave it.
-bool laq_all_exact(const laq_cache & laq, const laq_eviction & e, const std::vector<laq_observation> & obs);
+bool laq_all_exact(const std::vector<laq_observation> & obs);
 
 // what a token scores now, mean over the queries, with what it scored when a probe last looked
 inline float laq_joined(float now, float before) {

@@ -125,10 +125,8 @@ std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, u
     return obs;
 }
 
-bool laq_all_exact(const laq_cache & laq, const laq_eviction & e, const std::vector<laq_observation> & obs) {
-    const laq_ring & ring = laq.seqs[e.seq_id].ring;
-    return !e.scratch &&
-           std::all_of(obs.begin(), obs.end(), [&](const auto & o) { return ring.exact[o.slot - ring.first] != 0; });
+bool laq_all_exact(const std::vector<laq_observation> & obs) {
+    return std::all_of(obs.begin(), obs.end(), [](const auto & o) { return o.exact; });
 }
 
 bool laq_cache::fits_to_archive() const {
@@ -142,7 +140,7 @@ bool laq_cache::observes_archive(int32_t seq_id, const std::vector<uint32_t> & o
 std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
     if (observes_archive(e.seq_id, order)) {
         const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e), e.n_fit);
-        if (!res.empty() && !laq_all_exact(*this, e, res)) {
+        if (!res.empty() && !laq_all_exact(res)) {
             observe_archive(e, order, res);
         }
         return res;

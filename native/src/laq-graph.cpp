@@ -274,8 +274,9 @@ std::vector<laq_observation> laq_observations(const laq_cache & laq, const laq_e
     std::vector<laq_observation> res;
     for (int32_t pos = first; pos < e.queries.last; ++pos) {
         const int32_t slot = ring.slot_of(pos);
-        if (ring.pos[slot - ring.first] == pos) {
-            res.push_back({ slot, pos });
+        const int32_t at   = slot - ring.first;
+        if (ring.pos[at] == pos) {
+            res.push_back({ slot, pos, ring.exact[at] != 0 });
         }
     }
     return res;

@@ -23,7 +23,7 @@ void laq_set_threads(ggml_backend_t backend, int n_threads);
 // the device of the node before, which is another one where layers are split.
 void laq_graph_place(ggml_backend_sched_t sched, ggml_tensor * node, const ggml_tensor * beside);
 
-// Whether graphs attend to the archive while a prompt is read. Throws laq_error if it was asked for and they cannot.
+// Decides whether graphs attend to the archive while a prompt is read, and in how many tokens at once.
 void laq_choose_attend(laq_cache & laq);
 
 // let the scheduler plan for the largest graph that does; throws laq_error

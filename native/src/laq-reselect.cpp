@@ -34,7 +34,7 @@ uint32_t laq_reselection::n_kept() {
     const uint32_t n_room = laq.n_cells() - laq.n_used() + order.size() - (fits ? n_ahead() : 0);
     const uint32_t n      = std::min({ e.n_keep, n_least, n_room });
     fitted                = fits && n < n_most ? laq_last_fitted(obs, e.n_fit) : std::vector<laq_observation>();
-    weighs                = !laq_all_exact(laq, e, fitted);
+    weighs                = !laq_all_exact(fitted);
     return n;
 }
 

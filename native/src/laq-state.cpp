@@ -184,6 +184,9 @@ static void read_ring(const laq_cache & laq, llama_io_read_i & io, laq_saved & s
             refuse("another model");
         }
         saved.has_outputs = n_row == size;
+        if (!saved.has_outputs) {
+            saved.ring_exact.assign(ring.exact.size(), 0);
+        }
         row.resize(n_row);
         for (size_t i = 0; i < saved.ring_pos.size(); ++i) {
             if (saved.ring_pos[i] < 0) {
@@ -305,11 +308,8 @@ void laq_kv_state_done(laq_cache & laq) {
         seq.n_exact   = saved.n_exact;
         seq.attending = saved.attending;
         if (!laq.keep_rings) {
-            seq.ring.pos = saved.ring_pos;
-            seq.ring.exact.assign(seq.ring.pos.size(), 0);
-            if (saved.has_outputs) {
-                seq.ring.exact = saved.ring_exact;
-            }
+            seq.ring.pos   = saved.ring_pos;
+            seq.ring.exact = saved.ring_exact;
         }
         std::vector<uint32_t> mixed;
         for (const uint32_t cell : laq.resident(saved.seq_id)) {
