@@ -1,33 +1,37 @@
-// GGML_OP_LAQ_SCORE on the CPU
+// LAQ_SCORE on the CPU
 //
-// Two passes over K, so that the n_q x n_kv x n_head attention need not be stored:
+// Two passes over K, so that the n_q x n_kv x n_head attention need not be stored. Each is a node of the graph:
 //   1. per KV head and chunk of keys: running maximum and sum of exponentials of every query row
 //   2. the logits again, turned into probabilities with the log-sum-exp of pass 1 and added up per key
-// Those of the first chunks are kept in between, in a buffer of fixed size: pass 2 computes the others anew, alike to the
-// bit. With values, pass 2 adds up what the rows get from its chunk; a third one adds the chunks. Chunks do not depend on
-// the number of threads, so neither do the results.
+// The first node's result has the maxima and sums and, as far as it has room, the logits of the first chunks. Pass 2
+// computes the other logits anew, alike to the bit. Chunks do not depend on the number of threads, so neither do the
+// results.
 //
 // The lanes of a vector are query rows: K is read as it lies, only the few queries are transposed, and what belongs to a
 // row (maximum, sum) stays in its lane. What limits it: the FMAs of the two passes (half each), then the exponentials.
 
-#include "laq-score.h"
-
-#include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "laq-score-impl.h"
 #include "vec.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <type_traits>
+
+#ifdef LAQ_CPU_VARIANTS
+// this variant of ggml-cpu: 0 = not for this machine
+extern "C" int ggml_backend_score(void);
+#endif
 
 namespace {
 
-constexpr int64_t N_TILE  = 32;           // keys converted at once
-constexpr int64_t N_CHUNK = 512;          // keys of one work item
-constexpr int64_t N_LINE  = 16;           // floats between the buffers of two threads: a cache line
-constexpr int64_t N_KEPT  = 1024 * 1024;  // floats, at most, that keep logits between the passes
+constexpr int64_t N_TILE  = 32;                    // keys converted at once
+constexpr int64_t N_CHUNK = GGML_LAQ_SCORE_CHUNK;  // keys of one work item
+constexpr int64_t N_ALIGN = 16;                    // floats of the widest vector
 
 #if defined(__GNUC__) || defined(__clang__)
 #    if defined(__AVX512F__)
@@ -77,14 +81,13 @@ struct score_shape {
     int64_t n_lanes;    // n_rows, rounded up to whole vectors
     int64_t n_kv;       // keys
     int64_t n_head_kv;  // KV heads
-    int64_t n_chunks;
-    int64_t n_embd_v;  // head size of the values, 0 = none are asked for
-    int64_t n_pad_v;   // rounded up to whole blocks
+    int64_t n_chunks;   // of a KV head
+    int64_t n_items;    // chunks of all KV heads
 
+    // of either node
     explicit score_shape(const ggml_tensor * dst) {
         const ggml_tensor * q = dst->src[0];
         const ggml_tensor * k = dst->src[1];
-        const ggml_tensor * v = dst->src[4];
 
         n_embd    = q->ne[0];
         n_q       = q->ne[1];
@@ -94,48 +97,54 @@ struct score_shape {
         n_rows    = n_q * n_group;
         n_lanes   = GGML_PAD(n_rows, N_LANE);
         n_chunks  = (n_kv + N_CHUNK - 1) / N_CHUNK;
-        n_embd_v  = v ? v->ne[0] : 0;
-        n_pad_v   = GGML_PAD(n_embd_v, N_KEYS);
-    }
-
-    // maximum and sum of each (KV head, chunk, row)
-    int64_t n_stats() const { return 2 * n_head_kv * n_chunks * n_lanes; }
-
-    // logits of a chunk, and how many chunks keep theirs
-    int64_t n_logits() const { return N_CHUNK * n_lanes; }
-
-    int64_t n_kept() const { return std::min(n_head_kv * n_chunks, N_KEPT / n_logits()); }
-
-    // what the rows get from a chunk
-    int64_t n_out() const { return n_pad_v * n_lanes; }
-
-    // queries, keys of a tile, logits, exponentials, log-sum-exp, values of a tile
-    int64_t n_scratch() const {
-        return n_embd * (n_lanes + N_TILE) + 2 * N_TILE * n_lanes + n_lanes + N_TILE * n_pad_v + N_LINE;
-    }
-
-    int64_t n_work(int n_threads) const {
-        return n_stats() + N_LINE + n_kept() * n_logits() + n_head_kv * n_chunks * n_out() + n_threads * n_scratch();
+        n_items   = n_head_kv * n_chunks;
     }
 };
 
+// what the first node leaves for the second one
+struct score_parts {
+    int64_t n_logits;  // of a chunk
+    int64_t n_kept;    // chunks whose logits are there
+    float * stats;     // [n_items][2][n_lanes], maximum and sum
+    float * logits;    // [n_kept][N_CHUNK][n_lanes]
+
+    score_parts(const score_shape & s, const ggml_tensor * work) {
+        const int64_t n_stats = s.n_items * 2 * s.n_lanes;
+        GGML_ASSERT(work->ne[0] >= n_stats);
+
+        n_logits = N_CHUNK * s.n_lanes;
+        n_kept   = std::min(s.n_items, (work->ne[0] - n_stats) / n_logits);
+        stats    = (float *) work->data;
+        logits   = stats + n_stats;
+    }
+
+    // logits of an item, null: they are not kept
+    float * kept(int64_t item) const { return item < n_kept ? logits + item * n_logits : nullptr; }
+};
+
 // scratch of one thread
-struct score_work {
+struct score_scratch {
     float * qt;      // [n_embd][n_lanes] of one KV head, rows past n_rows are zero
     float * keys;    // [N_TILE][n_embd]
     float * logits;  // [N_TILE][n_lanes], where they are not kept
     float * exps;    // [N_TILE][n_lanes]
     float * lse;     // [n_lanes]
-    float * values;  // [N_TILE][n_pad_v]
 
-    score_work(const score_shape & s, float * base) {
-        qt     = base;
-        keys   = qt + s.n_embd * s.n_lanes;
-        logits = keys + s.n_embd * N_TILE;
-        exps   = logits + N_TILE * s.n_lanes;
-        lse    = exps + N_TILE * s.n_lanes;
-        values = lse + s.n_lanes;
+    explicit score_scratch(const score_shape & s) {
+        const int64_t n = s.n_embd * (s.n_lanes + N_TILE) + 2 * N_TILE * s.n_lanes + s.n_lanes;
+        memory.reset(new (std::nothrow) float[n + N_ALIGN]);
+        GGML_ASSERT(memory && "no memory for scores");
+
+        const uintptr_t begin = (uintptr_t) memory.get();
+        qt                    = (float *) GGML_PAD(begin, N_ALIGN * sizeof(float));
+        keys                  = qt + s.n_embd * s.n_lanes;
+        logits                = keys + s.n_embd * N_TILE;
+        exps                  = logits + N_TILE * s.n_lanes;
+        lse                   = exps + N_TILE * s.n_lanes;
     }
+
+  private:
+    std::unique_ptr<float[]> memory;
 };
 
 // one head of a cell as F32; the conversions of ggml-cpu use the vector units, those of ggml-base do not
@@ -148,7 +157,7 @@ const float * load_row(ggml_type type, const char * src, int64_t n, float * buf)
     }
 }
 
-void load_queries(const ggml_tensor * q, const score_shape & s, int64_t g, const score_work & w) {
+void load_queries(const ggml_tensor * q, const score_shape & s, int64_t g, const score_scratch & w) {
     std::fill(w.qt, w.qt + s.n_embd * s.n_lanes, 0.0f);
     for (int64_t r = 0; r < s.n_rows; ++r) {
         const float * row =
@@ -215,15 +224,13 @@ bool has_mask(const float * m, const score_shape & s, int64_t n) {
 }
 
 // x[t][r] = logits of a tile, -inf past its end
-void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w,
-                 float * x) {
+void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t i0, int64_t n,
+                 const score_scratch & w, float * x) {
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * mask = dst->src[2];
 
-    float op_params[2];
-    memcpy(op_params, dst->op_params, sizeof(op_params));
-    const float scale   = op_params[0];
-    const float softcap = op_params[1];
+    const float scale   = ggml_laq_score_scale(dst);
+    const float softcap = ggml_laq_score_softcap(dst);
 
     const float * keys[N_TILE];
     for (int64_t t = 0; t < n; ++t) {
@@ -253,7 +260,7 @@ void tile_logits(const ggml_tensor * dst, const score_shape & s, int64_t g, int6
 }
 
 // w.exps[t][r] = exp(x[t][r] - shift[r])
-void tile_exps(const score_shape & s, const float * x, const float * shift, const score_work & w) {
+void tile_exps(const score_shape & s, const float * x, const float * shift, const score_scratch & w) {
     for (int64_t t = 0; t < N_TILE; ++t) {
         for (int64_t r = 0; r < s.n_lanes; ++r) {
             w.exps[t * s.n_lanes + r] = x[t * s.n_lanes + r] - shift[r];
@@ -264,13 +271,13 @@ void tile_exps(const score_shape & s, const float * x, const float * shift, cons
 
 // where the logits of the tile from key i0 on are: among those of its chunk that are kept, or where kept is null in the
 // scratch
-float * logits_of(const score_shape & s, const score_work & w, float * kept, int64_t i0) {
+float * logits_of(const score_shape & s, const score_scratch & w, float * kept, int64_t i0) {
     return kept ? kept + i0 % N_CHUNK * s.n_lanes : w.logits;
 }
 
 // pass 1: stats = maximum [n_lanes] and sum of exponentials [n_lanes] over one chunk; kept = where its logits stay, or
 // null
-void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
+void chunk_stats(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_scratch & w,
                  float * kept, float * stats) {
     float * max = stats;
     float * sum = stats + s.n_lanes;
@@ -347,57 +354,10 @@ float sum_lanes(const float * p, int64_t n_lanes) {
     return lanes[0];
 }
 
-// out[c][r] += sum over t of v[t][c] * p[t][r] for N_KEYS channels, NB vectors of rows and a tile
-template <int64_t NB> void add_block(const float * v, const float * p, int64_t n_pad_v, int64_t n_lanes, float * out) {
-    vec_f32 acc[N_KEYS][NB];
-    for (int64_t c = 0; c < N_KEYS; ++c) {
-        for (int64_t b = 0; b < NB; ++b) {
-            acc[c][b] = *(const vec_f32 *) (out + c * n_lanes + b * N_LANE);
-        }
-    }
-    for (int64_t t = 0; t < N_TILE; ++t) {
-        vec_f32 row[NB];
-        for (int64_t b = 0; b < NB; ++b) {
-            row[b] = *(const vec_f32 *) (p + t * n_lanes + b * N_LANE);
-        }
-        for (int64_t c = 0; c < N_KEYS; ++c) {
-            for (int64_t b = 0; b < NB; ++b) {
-                acc[c][b] += v[t * n_pad_v + c] * row[b];
-            }
-        }
-    }
-    for (int64_t c = 0; c < N_KEYS; ++c) {
-        for (int64_t b = 0; b < NB; ++b) {
-            *(vec_f32 *) (out + c * n_lanes + b * N_LANE) = acc[c][b];
-        }
-    }
-}
-
-// what the rows get from a tile, whose probabilities are w.exps, is added to out [n_pad_v][n_lanes]
-void add_tile(const ggml_tensor * v, const score_shape & s, int64_t g, int64_t i0, int64_t n, const score_work & w,
-              float * out) {
-    std::fill(w.values + n * s.n_pad_v, w.values + N_TILE * s.n_pad_v, 0.0f);  // its probabilities are 0
-    for (int64_t t = 0; t < n; ++t) {
-        const char * src = (const char *) v->data + (i0 + t) * v->nb[1] + g * v->nb[2];
-        float *      dst = w.values + t * s.n_pad_v;
-        if (const float * row = load_row(v->type, src, s.n_embd_v, dst); row != dst) {
-            std::copy(row, row + s.n_embd_v, dst);
-        }
-    }
-    for (int64_t c = 0; c < s.n_embd_v; c += N_KEYS) {
-        each_block(s.n_lanes, [&](auto nb, int64_t r) {
-            add_block<decltype(nb)::value>(w.values + c, w.exps + r, s.n_pad_v, s.n_lanes, out + c * s.n_lanes + r);
-        });
-    }
-}
-
-// pass 2: the scores of one chunk; kept = its logits, or null; out = what the rows get from it, or null
-void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_work & w,
-                  float * kept, float * out) {
+// pass 2: the scores of one chunk; kept = its logits, or null
+void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t chunk, const score_scratch & w,
+                  float * kept) {
     float * res = (float *) dst->data + g * s.n_kv;
-    if (out) {
-        std::fill(out, out + s.n_out(), 0.0f);
-    }
 
     const int64_t i1 = std::min(s.n_kv, (chunk + 1) * N_CHUNK);
     for (int64_t i0 = chunk * N_CHUNK; i0 < i1; i0 += N_TILE) {
@@ -410,84 +370,69 @@ void chunk_scores(const ggml_tensor * dst, const score_shape & s, int64_t g, int
         for (int64_t t = 0; t < n; ++t) {
             res[i0 + t] = sum_lanes(w.exps + t * s.n_lanes, s.n_lanes) / (float) s.n_group;
         }
-        if (out) {
-            add_tile(dst->src[4], s, g, i0, n, w, out);
-        }
     }
 }
 
-// pass 3: channel c of what the rows of a KV head get; outs = that of its chunks
-void add_chunks(const ggml_tensor * dst, const score_shape & s, int64_t g, int64_t c, const float * outs, float * sum) {
-    float * res = (float *) dst->data + s.n_head_kv * s.n_kv + g * s.n_rows * s.n_embd_v + c;
-
-    std::fill(sum, sum + s.n_lanes, 0.0f);
-    for (int64_t i = 0; i < s.n_chunks; ++i) {
-        const float * out = outs + i * s.n_out() + c * s.n_lanes;
-        for (int64_t r = 0; r < s.n_lanes; ++r) {
-            sum[r] += out[r];
-        }
-    }
-    for (int64_t r = 0; r < s.n_rows; ++r) {
-        res[r * s.n_embd_v] = sum[r];
-    }
-}
-
-}  // namespace
-
-size_t ggml_laq_score_work_size(const ggml_tensor * dst, int n_tasks) {
-    return sizeof(float) * score_shape(dst).n_work(n_tasks);
-}
-
-void ggml_compute_forward_laq_score(const ggml_compute_params * params, ggml_tensor * dst) {
+// the first node; a thread has the same items in both
+void compute_work(ggml_tensor * dst, int ith, int nth) {
     const score_shape s(dst);
-
-    GGML_ASSERT(params->wsize >= ggml_laq_score_work_size(dst, params->nth));
-
-    float * stats = (float *) params->wdata;
-
-    float * logits = stats + s.n_stats() + N_LINE;
-
-    const int64_t    n_items = s.n_head_kv * s.n_chunks;
-    const int64_t    n_kept  = s.n_kept();
-    float * const    outs    = logits + n_kept * s.n_logits();
-    const score_work w(s, outs + n_items * s.n_out() + params->ith * s.n_scratch());
-
-    // a thread has the same items in both passes
-    const auto kept = [&](int64_t item) { return item < n_kept ? logits + item * s.n_logits() : nullptr; };
+    if (ith >= s.n_items) {
+        return;
+    }
+    const score_parts   parts(s, dst);
+    const score_scratch w(s);
 
     int64_t g_now = -1;  // head of w.qt
-    for (int64_t item = params->ith; item < n_items; item += params->nth) {
+    for (int64_t item = ith; item < s.n_items; item += nth) {
         const int64_t g = item / s.n_chunks;
         if (g != g_now) {
             load_queries(dst->src[0], s, g, w);
             g_now = g;
         }
-        chunk_stats(dst, s, g, item % s.n_chunks, w, kept(item), stats + 2 * item * s.n_lanes);
+        chunk_stats(dst, s, g, item % s.n_chunks, w, parts.kept(item), parts.stats + 2 * item * s.n_lanes);
     }
+}
 
-    ggml_barrier(params->threadpool);
+// the second node
+void compute_score(ggml_tensor * dst, int ith, int nth) {
+    const score_shape s(dst);
+    if (ith >= s.n_items) {
+        return;
+    }
+    const score_parts   parts(s, dst->src[4]);
+    const score_scratch w(s);
 
+    int64_t g_now = -1;  // head of w.qt
     int64_t g_lse = -1;  // head of w.lse
-    for (int64_t item = params->ith; item < n_items; item += params->nth) {
-        const int64_t g = item / s.n_chunks;
-        if (g != g_now) {
+    for (int64_t item = ith; item < s.n_items; item += nth) {
+        const int64_t g    = item / s.n_chunks;
+        float *       kept = parts.kept(item);
+        if (!kept && g != g_now) {
             load_queries(dst->src[0], s, g, w);
             g_now = g;
         }
         if (g != g_lse) {
-            head_lse(dst, s, g, stats, w.lse);
+            head_lse(dst, s, g, parts.stats, w.lse);
             g_lse = g;
         }
-        chunk_scores(dst, s, g, item % s.n_chunks, w, kept(item), s.n_embd_v ? outs + item * s.n_out() : nullptr);
-    }
-    if (s.n_embd_v == 0) {
-        return;
-    }
-
-    ggml_barrier(params->threadpool);
-
-    for (int64_t i = params->ith; i < s.n_head_kv * s.n_embd_v; i += params->nth) {
-        const int64_t g = i / s.n_embd_v;
-        add_chunks(dst, s, g, i % s.n_embd_v, outs + g * s.n_chunks * s.n_out(), w.lse);
+        chunk_scores(dst, s, g, item % s.n_chunks, w, kept);
     }
 }
+
+// ggml-base has the kernel for as long as this library is loaded
+struct registration {
+    ggml_laq_score_cpu kernel = { compute_work, compute_score, /*rank =*/1, /*next =*/nullptr };
+
+    registration() {
+#ifdef LAQ_CPU_VARIANTS
+        kernel.rank = ggml_backend_score();
+#endif
+        ggml_laq_score_cpu_add(&kernel);
+    }
+
+    ~registration() { ggml_laq_score_cpu_remove(&kernel); }
+};
+
+registration registered;
+
+}  // namespace

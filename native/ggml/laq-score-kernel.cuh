@@ -1,6 +1,6 @@
 #pragma once
 
-// The kernels of GGML_OP_LAQ_SCORE, in the order in which they run:
+// The kernels of LAQ_SCORE, in the order in which they run:
 //
 //   laq_mask_kernel    which tiles of keys the mask leaves alone, or hides
 //   laq_stats_kernel   pass 1 over K: maximum and sum of exponentials of each query row, one pair per warp

@@ -1,9 +1,10 @@
-// GGML_OP_LAQ_SCORE in ggml-metal: sizes, memory and order of the kernels of laq-score.metal
+// LAQ_SCORE in ggml-metal: sizes, memory and order of the kernels of laq-score.metal
 
-#include "laq-score-metal.h"
+#include "laq-metal.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
+#include "laq-score-impl.h"
 #include "laq-score.metal"
 
 #include <algorithm>
@@ -63,12 +64,13 @@ void set_sizes(score_plan & plan, const ggml_tensor * op) {
     plan.smem = GGML_PAD((n_keys + n_logits + 32 * LAQ_SCORE_NSG) * sizeof(float), 16);
 }
 
+// of either node; its sizes are those of the second one
 score_plan make_plan(const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * k = op->src[1];
 
-    const float scale   = ggml_get_op_params_f32(op, 0);
-    const float softcap = ggml_get_op_params_f32(op, 1);
+    const float scale   = ggml_laq_score_scale(op);
+    const float softcap = ggml_laq_score_softcap(op);
 
     score_plan plan = {};
     plan.n_head_kv  = (int) k->ne[2];
@@ -140,12 +142,16 @@ void bind(ggml_metal_encoder_t enc, const score_plan & plan, std::initializer_li
 
 }  // namespace
 
-bool ggml_metal_laq_score_supported(const ggml_tensor * op, const ggml_metal_device_props * props) {
-    const ggml_tensor * q = op->src[0];
-    const ggml_tensor * k = op->src[1];
+// Both nodes have q and k. The first one is supported where the second one is, so that they are on one device.
+bool ggml_metal_laq_supported(const ggml_tensor * node, const ggml_metal_device_props * props) {
+    if (!ggml_laq_is_score(node) && !ggml_laq_is_score_work(node)) {
+        return false;
+    }
+    const ggml_tensor * q = node->src[0];
+    const ggml_tensor * k = node->src[1];
 
     const size_t alignment = row_alignment(k->type);
-    if (op->src[4] || alignment == 0 || q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32) {
+    if (alignment == 0 || q->type != GGML_TYPE_F32 || node->type != GGML_TYPE_F32) {
         return false;
     }
     if (!props->has_simdgroup_mm || !props->has_simdgroup_reduction) {
@@ -161,14 +167,14 @@ bool ggml_metal_laq_score_supported(const ggml_tensor * op, const ggml_metal_dev
     if (k->ne[1] > INT32_MAX / 2 || q->ne[1] * q->ne[2] > INT32_MAX / (32 * q->ne[0])) {
         return false;
     }
-    return make_plan(op).smem <= props->max_theadgroup_memory_size;
+    return make_plan(node).smem <= props->max_theadgroup_memory_size;
 }
 
-size_t ggml_metal_laq_score_extra(const ggml_tensor * op) {
-    return make_plan(op).size - ggml_nbytes(op);
+size_t ggml_metal_laq_extra(const ggml_tensor * node) {
+    return ggml_laq_is_score(node) ? make_plan(node).size - ggml_nbytes(node) : 0;
 }
 
-void ggml_metal_laq_score_encode(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {
+static void encode_score(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {
     const score_plan plan = make_plan(op);
     const char *     type = ggml_type_name(op->src[1]->type);
 
@@ -204,4 +210,11 @@ void ggml_metal_laq_score_encode(ggml_metal_library_t lib, ggml_metal_encoder_t 
     ggml_metal_encoder_memory_barrier(enc);
 
     pass_over_keys("sum");
+}
+
+// the kernels of the second node do all the work, in the memory after its result
+void ggml_metal_laq_encode(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * node) {
+    if (ggml_laq_is_score(node)) {
+        encode_score(lib, enc, node);
+    }
 }

@@ -1,10 +1,10 @@
-#include "laq-score-cuda.h"
+#include "laq-cuda.h"
+#include "laq-score-impl.h"
 #include "laq-score-launch.cuh"
 
 #include "ggml-cuda/common.cuh"
 
 #include <climits>
-#include <cstring>
 
 // what laq_run needs
 struct laq_cuda {
@@ -56,7 +56,7 @@ static bool key_type(ggml_type type, laq_key_type & res) {
     }
 }
 
-// shape, strides and scale of an op
+// shape, strides and scale of either node
 static laq_score_params op_params(const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * k = op->src[1];
@@ -64,9 +64,7 @@ static laq_score_params op_params(const ggml_tensor * op) {
     laq_score_params p = {};
     laq_set_shape(p, q->ne[0], q->ne[1], q->ne[2], k->ne[2], k->ne[1]);
 
-    float scale[2];
-    memcpy(scale, op->op_params, sizeof(scale));
-    laq_set_scale(p, scale[0], scale[1]);
+    laq_set_scale(p, ggml_laq_score_scale(op), ggml_laq_score_softcap(op));
 
     p.nbq1      = q->nb[1];
     p.nbq2      = q->nb[2];
@@ -81,12 +79,16 @@ static bool rows_are_aligned(const ggml_tensor * t) {
     return t->nb[1] % 16 == 0 && t->nb[2] % 16 == 0 && t->view_offs % 16 == 0;
 }
 
-bool ggml_cuda_laq_score_supported(int device, const ggml_tensor * op) {
-    const ggml_tensor * q = op->src[0];
-    const ggml_tensor * k = op->src[1];
+// Both nodes have q and k. The first one is supported where the second one is, so that they are on one device.
+bool ggml_cuda_laq_supported(int device, const ggml_tensor * node) {
+    if (!ggml_laq_is_score(node) && !ggml_laq_is_score_work(node)) {
+        return false;
+    }
+    const ggml_tensor * q = node->src[0];
+    const ggml_tensor * k = node->src[1];
 
     laq_key_type type;
-    if (op->src[4] || !turing_mma_available(ggml_cuda_info().devices[device].cc) || !key_type(k->type, type)) {
+    if (!turing_mma_available(ggml_cuda_info().devices[device].cc) || !key_type(k->type, type)) {
         return false;
     }
     if (k->ne[0] % 16 != 0 || !rows_are_aligned(q) || (!ggml_is_quantized(k->type) && !rows_are_aligned(k))) {
@@ -97,10 +99,10 @@ bool ggml_cuda_laq_score_supported(int device, const ggml_tensor * op) {
         return false;
     }
     laq_cuda cuda(device);
-    return laq_run(cuda, type, op_params(op), true);
+    return laq_run(cuda, type, op_params(node), true);
 }
 
-void ggml_cuda_laq_score(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+static void compute_score(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     laq_score_params p = op_params(dst);
 
     p.q     = (const char *) dst->src[0]->data;
@@ -117,4 +119,16 @@ void ggml_cuda_laq_score(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     cuda.ctx        = &ctx;
     const bool fits = laq_run(cuda, type, p, false);
     GGML_ASSERT(fits);
+}
+
+// the kernels of the second node do all the work, in memory of the pool
+bool ggml_cuda_laq_compute(ggml_backend_cuda_context & ctx, ggml_tensor * node) {
+    if (ggml_laq_is_score_work(node)) {
+        return true;
+    }
+    if (!ggml_laq_is_score(node)) {
+        return false;
+    }
+    compute_score(ctx, node);
+    return true;
 }

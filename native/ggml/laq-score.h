@@ -1,14 +1,17 @@
 #pragma once
 
-// GGML_OP_LAQ_SCORE: how much attention a set of queries pays to each cached key
+// The op LAQ_SCORE: how much attention a set of queries pays to each cached key
+//
+// It is two nodes of GGML_OP_CUSTOM. The CPU backend calls the function of such a node, the CUDA and the Metal backend
+// recognise it. No other backend computes it, although some say that they compute every op: ask
+// ggml_laq_score_supported().
 
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-struct ggml_compute_params;
 
 // q:     F32 [n_embd_head, n_q,  n_head   ]   rows contiguous, n_head % n_head_kv == 0
 // k:     any [n_embd_head, n_kv, n_head_kv]   rows contiguous: a view of the KV cache
@@ -22,20 +25,17 @@ GGML_API struct ggml_tensor * ggml_laq_score(struct ggml_context * ctx, struct g
                                              struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale,
                                              float softcap);
 
-// The same, and what the queries get: only the CPU has it.
-//
-// v:   any [n_embd_head_v, n_kv, n_head_kv]   rows contiguous
-// res: F32 [n_kv*n_head_kv + n_embd_head_v*n_q*n_head]: the scores, then
-// out[h,j] = sum over i (softmax_i(logit[h,j,i] + mask[j,i]) * v[g,i])
-GGML_API struct ggml_tensor * ggml_laq_score_outputs(struct ggml_context * ctx, struct ggml_tensor * q,
-                                                     struct ggml_tensor * k, struct ggml_tensor * v,
-                                                     struct ggml_tensor * mask, struct ggml_tensor * sinks, float scale,
-                                                     float softcap);
+// The first node, a source of the one that ggml_laq_score() returns: F32 [n], what the CPU's second pass over K needs of
+// its first one. Both nodes belong on one device. Whoever places tensors by hand gives this one memory, too.
+GGML_API struct ggml_tensor * ggml_laq_score_work(const struct ggml_tensor * score);
 
-// bytes of work buffer the CPU kernel needs
-size_t ggml_laq_score_work_size(const struct ggml_tensor * dst, int n_tasks);
+// Whether a node is the second or the first one of this op.
+GGML_API bool ggml_laq_is_score(const struct ggml_tensor * node);
+GGML_API bool ggml_laq_is_score_work(const struct ggml_tensor * node);
 
-void ggml_compute_forward_laq_score(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+// Whether a device computes the op. false for every device that does not know it: remote ones (RPC), and those that
+// stand for several (split_mode = tensor).
+GGML_API bool ggml_laq_score_supported(ggml_backend_dev_t dev, const struct ggml_tensor * score);
 
 #ifdef __cplusplus
 }

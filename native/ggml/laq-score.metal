@@ -1,4 +1,4 @@
-// GGML_OP_LAQ_SCORE on Metal
+// LAQ_SCORE on Metal
 //
 // K is read twice, and n_q x n_kv x n_head logits are never stored:
 //   kernel_laq_score_queries  scaled queries, the rows of a KV head one after the other, zeros up to whole blocks

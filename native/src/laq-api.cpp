@@ -2,9 +2,7 @@
 
 #include "laq-api.h"
 
-#include "laq-park.h"
-#include "laq-prompt.h"
-#include "laq-recall.h"
+#include "laq-read.h"
 
 #include "ggml-backend.h"
 #include "llama-arch.h"
@@ -77,9 +75,7 @@ laq_params laq_default_params(void) {
     p.size            = sizeof(p);
     p.policy          = LAQ_POLICY_LAQ_PP;
     p.lookahead       = LAQ_LOOKAHEAD_DEFERRED;
-    p.draft           = LAQ_DRAFT_FULL;
     p.pooling         = LAQ_POOLING_MAX;
-    p.score_kernel    = LAQ_SCORE_KERNEL_AUTO;
     p.n_lookahead     = 32;
     p.n_probe         = 48;
     p.n_window        = 8;
@@ -87,15 +83,10 @@ laq_params laq_default_params(void) {
     p.n_sink          = 4;
     p.n_kernel        = 7;
     p.n_follow        = 32;
-    p.seed            = 0;
+    p.value_fit       = 0.01f;
     p.archive_type    = -1;
     p.archive_limit   = UINT64_MAX;
     p.recall          = LAQ_RECALL_TURN;
-    p.n_recall_rounds = 1;
-    p.recall_device   = LAQ_RECALL_ON_AUTO;
-    p.recall_read     = LAQ_RECALL_READ_AUTO;
-    p.value_fit       = 0.01f;
-    p.n_reread        = 256;
     return p;
 }
 
@@ -128,38 +119,32 @@ static laq_params params_of_caller(const laq_params & params) {
     return p;
 }
 
-static void check_params(const laq_params & p, uint32_t n_cells) {
+static void check_enums(const laq_params & p) {
     laq_check(p.policy >= LAQ_POLICY_FULL && p.policy <= LAQ_POLICY_RANDOM, "kv_policy is not one of enum laq_policy");
-    laq_check(p.lookahead >= LAQ_LOOKAHEAD_DEFERRED && p.lookahead <= LAQ_LOOKAHEAD_POSITION,
+    laq_check(p.lookahead >= LAQ_LOOKAHEAD_DEFERRED && p.lookahead <= LAQ_LOOKAHEAD_PSEUDO,
               "lookahead is not one of enum laq_lookahead");
-    laq_check(p.draft == LAQ_DRAFT_FULL || p.draft == LAQ_DRAFT_SNAPKV, "draft is not one of enum laq_draft");
-    laq_check(p.draft == LAQ_DRAFT_FULL || p.lookahead != LAQ_LOOKAHEAD_POSITION,
-              "draft = snapkv says where pseudo tokens are generated: lookahead = position generates none");
     laq_check(p.pooling >= LAQ_POOLING_NONE && p.pooling <= LAQ_POOLING_AVG, "pooling is not one of enum laq_pooling");
-    laq_check(p.score_kernel >= LAQ_SCORE_KERNEL_AUTO && p.score_kernel <= LAQ_SCORE_KERNEL_COMPOSED,
-              "score_kernel is not one of enum laq_score_kernel");
+    laq_check(p.recall >= LAQ_RECALL_TURN && p.recall <= LAQ_RECALL_ALWAYS,
+              "recall is not one of enum laq_recall_when");
+    laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
+}
+
+static void check_params(const laq_params & p, uint32_t n_cells) {
+    check_enums(p);
     laq_check(p.n_kernel % 2 == 1, "kernel_size must be odd");
     laq_check(p.n_lookahead >= 1 && p.n_lookahead <= 1024, "lookahead_size must be in [1, 1024]");
     laq_check(p.n_window >= 1 && p.n_window <= 1024, "window_size must be in [1, 1024]");
     laq_check(p.n_window_snapkv >= 1 && p.n_window_snapkv <= 1024, "snapkv_window must be in [1, 1024]");
+    laq_check(p.n_sink <= (1u << 30), "n_sink must be at most 2^30");
     laq_check(p.n_follow <= (1u << 30), "follow_size must be at most 2^30");
     laq_check(p.n_probe >= 1 && p.n_probe <= (1u << 20), "probe_size must be in [1, 2^20]");
-    laq_check(p.recall >= LAQ_RECALL_NEVER && p.recall <= LAQ_RECALL_ALWAYS,
-              "recall is not one of enum laq_recall_when");
-    laq_check(p.archive == 0 || p.archive == 1, "archive is neither 0 nor 1");
-    laq_check(p.n_recall_rounds <= 16, "n_recall_rounds must be in [0, 16]");
-    laq_check(p.n_reread >= 1 && p.n_reread <= (1u << 20), "reread_size must be in [1, 2^20]");
-    laq_check(p.recall_device >= LAQ_RECALL_ON_AUTO && p.recall_device <= LAQ_RECALL_ON_DEVICE,
-              "recall_device is not one of enum laq_recall_device");
-    laq_check(p.recall_read >= LAQ_RECALL_READ_AUTO && p.recall_read <= LAQ_RECALL_READ_PROMPT,
-              "recall_read is not one of enum laq_recall_read");
     laq_check(std::isfinite(p.value_fit) && p.value_fit >= 0.0f, "value_fit must be finite and not negative");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
     if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is above the " +
                                                          std::to_string(n_cells) +
-                                                         " cells of the context: lower kv_budget or make more cells");
+                                                         " cells of a sequence: lower kv_budget or make more cells");
     }
 }
 
@@ -194,6 +179,10 @@ static void check_context(const llama_context & ctx) {
     if (model.arch == LLM_ARCH_GROK) {
         unsupported(name + "scales its attention logits in a way that is not supported yet");
     }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        throw laq_error(LAQ_STATUS_UNSUPPORTED,
+                        "split_mode = tensor is not supported with kv_budget: use split_mode = layer");
+    }
     if (hparams.no_alloc) {
         throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "the model was loaded with no_alloc");
     }
@@ -203,7 +192,7 @@ static void check_context(const llama_context & ctx) {
     }
 }
 
-laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache ** out) {
+laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_context ** out) {
     return laq_guarded([&] {
         laq_check(ctx && params && out, "ctx, params and out must not be NULL");
         laq_params p = params_of_caller(*params);
@@ -211,46 +200,47 @@ laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_cache 
 
         check_context(*ctx);
         laq_check(!ctx->get_cparams().laq, "the context has been attached already");
-        laq_cache::check_layers(*ctx);
-        check_params(p, ctx->n_ctx());
-
-        auto laq = std::make_unique<laq_cache>(ctx, p);
-        laq->reserve();
-        *out = laq.release();
+        const llama_kv_cache & kv = *static_cast<const llama_kv_cache *>(ctx->get_memory());
+        laq_store::check(kv);
+        check_params(p, kv.get_size());
+        *out = std::make_unique<laq_context>(ctx, p).release();
     });
 }
 
-laq_status laq_set_params(laq_cache * laq, const laq_params * params) {
+// what an attached context was made for stays so
+static void check_change(const laq_context & laq, const laq_params & p) {
+    laq_check(p.n_ctx == 0 || p.n_ctx == laq.n_ctx, "n_ctx is that of laq_attach()");
+    laq_check(p.archive == laq.params.archive, "archive is that of laq_attach()");
+    laq_check(laq.facts.can_score || !laq_policy_needs_queries(p),
+              "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
+    laq_check(laq.facts.with_outputs || !laq_policy_fits(p),
+              "value_fit needs outputs, which the settings of laq_attach() did not: attach with these, or use 0");
+    laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq.seqs[0].ring.size() &&
+                  p.n_window + laq_policy_probe_ahead(p) <= laq.scratch.size(),
+              "window_size, snapkv_window and lookahead_size need more queries than were allocated");
+    for (const laq_seq & seq : laq.seqs) {
+        laq_check(!seq.phase.is(laq_phase::WAITING), "an eviction waits: call laq_flush() first");
+    }
+    for (const auto & parked : laq.parked) {
+        laq_check(!parked->seq.phase.is(laq_phase::WAITING),
+                  "an eviction of a parked sequence waits: resume it and call laq_flush() first");
+    }
+}
+
+laq_status laq_set_params(laq_context * laq, const laq_params * params) {
     return laq_guarded([&] {
         laq_check(laq && params, "laq and params must not be NULL");
         laq_params p = params_of_caller(*params);
-        check_params(p, laq->n_cells());
-        laq_check(p.n_ctx == 0 || p.n_ctx == laq->n_ctx, "n_ctx is that of laq_attach()");
-        laq_check(p.score_kernel == laq->params.score_kernel, "score_kernel is that of laq_attach()");
-        laq_check(p.archive == laq->params.archive, "archive is that of laq_attach()");
+        check_params(p, laq->store.n_cells());
+        check_change(*laq, p);
         p.archive_type   = laq->params.archive_type;
         p.archive_limit  = laq->params.archive_limit;
         p.archive_folder = laq->params.archive_folder;
-        p.recall_device  = laq->params.recall_device;
-        p.recall_read    = laq->params.recall_read;
-        laq_check(laq->can_score || !laq_policy_scores(p),
-                  "kv_policy needs queries, which the one of laq_attach() did not: attach with this one");
-        laq_check(laq->captures_outputs || !laq_policy_fits(p),
-                  "value_fit needs outputs, which the settings of laq_attach() did not: attach with these, or use 0");
-        laq_check(std::max(p.n_window, p.n_window_snapkv) + p.n_lookahead <= laq->seqs[0].ring.pos.size() &&
-                      p.n_window + laq_policy_probe_ahead(p) <= laq->scratch.pos.size(),
-                  "window_size, snapkv_window and lookahead_size need more queries than were allocated");
-        for (const laq_seq & seq : laq->seqs) {
-            laq_check(!seq.pending, "an eviction waits: call laq_flush() first");
-        }
-        for (const auto & parked : laq->parked) {
-            laq_check(!parked->pending, "an eviction of a parked sequence waits: resume it and call laq_flush() first");
-        }
         laq->set_params(p);
     });
 }
 
-void laq_detach(laq_cache * laq) {
+void laq_detach(laq_context * laq) {
     delete laq;
 }
 
@@ -258,7 +248,7 @@ void laq_detach(laq_cache * laq) {
 // running
 //
 
-laq_status laq_set_pinned(laq_cache * laq, int32_t seq_id, const laq_span * spans, uint32_t n_spans) {
+laq_status laq_set_pinned(laq_context * laq, int32_t seq_id, const laq_span * spans, uint32_t n_spans) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
         check_spans(spans, n_spans);
@@ -270,7 +260,7 @@ laq_status laq_set_pinned(laq_cache * laq, int32_t seq_id, const laq_span * span
     });
 }
 
-laq_status laq_prompt_next(laq_cache * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
+laq_status laq_prompt_next(laq_context * laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens,
                            uint32_t * n_chunk) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
@@ -281,45 +271,27 @@ laq_status laq_prompt_next(laq_cache * laq, int32_t seq_id, const int32_t * toke
                             std::to_string(n_end) + " tokens do not fit n_ctx = " + std::to_string(laq->n_ctx) +
                                 ": shorten the prompt or raise n_ctx");
         }
-        *n_chunk = laq_read_on(*laq, seq_id, tokens, n_tokens);
+        *n_chunk = laq_read_next(*laq, seq_id, tokens, n_tokens);
     });
 }
 
-laq_status laq_prompt_end(laq_cache * laq, int32_t seq_id) {
+laq_status laq_prompt_end(laq_context * laq, int32_t seq_id) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
-        laq->seqs[seq_id].pending.reset();
-        const bool recall = laq->recalls(seq_id, LAQ_RECALL_TURN);
-        const bool fits   = laq->n_resident(seq_id) <= laq->params.n_kv_budget;
-        if (laq->params.policy == LAQ_POLICY_FULL || (fits && !recall)) {
-            laq->seqs[seq_id].remembers = false;
-            laq->seqs[seq_id].in_parts  = false;
-            laq->seqs[seq_id].attending = false;
-            return;
-        }
-        const bool probed  = laq->seqs[seq_id].remembers || laq->seqs[seq_id].in_parts;
-        const bool drafted = recall && laq_recall_for_message(*laq, seq_id, probed);
-        if (!laq_policy_needs_lookahead(laq->params)) {
-            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, recall); });
-        } else if (laq->params.lookahead == LAQ_LOOKAHEAD_DEFERRED) {
-            laq->seqs[seq_id].pending = laq_pending{ laq->n_tokens(seq_id) };
-        } else {
-            laq_evict_by_pseudo(*laq, seq_id, drafted, probed);
-        }
-        laq->seqs[seq_id].in_parts = false;
+        laq_read_end(*laq, seq_id);
     });
 }
 
-laq_status laq_flush(laq_cache * laq, int32_t seq_id) {
+laq_status laq_flush(laq_context * laq, int32_t seq_id) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
-        if (laq->seqs[seq_id].pending) {
-            laq->run_update([&] { laq->evict_pending(seq_id); });
+        if (laq->seqs[seq_id].phase.is(laq_phase::WAITING)) {
+            laq_evict_waiting(*laq, seq_id, true);
         }
     });
 }
 
-laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
+laq_status laq_evict(laq_context * laq, int32_t seq_id, uint32_t n_keep) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
         laq_check(laq->params.policy != LAQ_POLICY_FULL, "kv_policy = full never evicts");
@@ -327,31 +299,31 @@ laq_status laq_evict(laq_cache * laq, int32_t seq_id, uint32_t n_keep) {
         p.n_kv_budget = n_keep;
         check_pinned(p);
         if (laq->n_resident(seq_id) > n_keep) {
-            laq->run_update([&] { laq->evict_to(seq_id, n_keep); });
+            laq_evict_to(*laq, seq_id, n_keep, false);
         }
     });
 }
 
-laq_status laq_recall(laq_cache * laq, int32_t seq_id) {
+laq_status laq_recall(laq_context * laq, int32_t seq_id) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
-        laq_check(laq->recall != nullptr, "there is no archive to recall from: use kv_recall");
-        if (laq->seqs[seq_id].pending) {
-            laq->run_update([&] { laq->evict_pending(seq_id, LAQ_RECALL_NEVER); });
-        } else if (laq->recalls(seq_id, LAQ_RECALL_NEVER)) {
-            laq->run_update([&] { laq->evict_to(seq_id, laq->params.n_kv_budget, true); });
+        laq_check(laq->facts.with_archive, "there is no archive to recall from: use kv_recall");
+        if (laq->seqs[seq_id].phase.is(laq_phase::WAITING)) {
+            laq_evict_waiting(*laq, seq_id, true);
+        } else if (laq->has_archived(seq_id)) {
+            laq_evict_to(*laq, seq_id, laq->params.n_kv_budget, true);
         }
     });
 }
 
-laq_status laq_save_archive(laq_cache * laq, bool on) {
+laq_status laq_save_archive(laq_context * laq, bool on) {
     return laq_guarded([&] {
         laq_check(laq, "laq must not be NULL");
-        laq->save_archive = on;
+        laq->now.archives = on;
     });
 }
 
-laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stats) {
+laq_status laq_get_stats(const laq_context * laq, int32_t seq_id, laq_stats * stats) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
         laq_check(stats && stats->size >= sizeof(uint32_t), "stats is NULL or stats->size is not set");
@@ -361,51 +333,40 @@ laq_status laq_get_stats(const laq_cache * laq, int32_t seq_id, laq_stats * stat
         s.n_tokens      = laq->n_tokens(seq_id);
         s.n_resident    = laq->n_resident(seq_id);
         s.n_intact      = laq->seqs[seq_id].n_intact;
-        s.pending       = laq->seqs[seq_id].pending.has_value();
-        s.n_used        = laq->n_used();
-        s.n_cells       = laq->n_cells();
-        s.n_layer       = laq->layers.size();
-        s.n_head_kv     = laq->n_head_kv_max();
-        s.kv_bytes      = laq->kv_bytes();
-        s.ring_bytes    = laq->ring_bytes();
+        s.pending       = laq->seqs[seq_id].phase.is(laq_phase::WAITING);
+        s.n_used        = laq->store.n_used();
+        s.n_cells       = laq->store.n_cells() * laq->store.kv.get_n_stream();
+        s.n_layer       = laq->store.layers.size();
+        s.n_head_kv     = laq->store.n_head_kv_max();
+        s.kv_bytes      = laq->store.kv_bytes();
+        s.ring_bytes    = laq->store.ring_bytes();
         s.compute_bytes = laq->compute_bytes();
-
-        if (laq->recall) {
-            const laq_archive & archive = laq->recall->archive;
-            s.archive_bytes             = archive.bytes_in_memory();
-            s.archive_file_bytes        = archive.bytes_in_file();
-            s.n_archived                = archive.n_archived();
-            s.n_lost                    = archive.n_lost;
-            s.recall_bytes              = laq->recall->scorer.bytes();
-            s.ms_recall_cpu             = laq->recall->scorer.ms_cpu;
-            s.ms_recall_device          = laq->recall->scorer.ms_device;
+        s.devices       = laq->facts.devices.c_str();
+        if (const laq_archive * archive = laq->archive_of(seq_id)) {
+            s.archive_bytes      = archive->bytes_in_memory();
+            s.archive_file_bytes = archive->bytes_in_file();
+            s.n_archived         = archive->n_archived();
+            s.n_lost             = archive->n_lost;
         }
-        s.devices          = laq->devices.c_str();
-        s.score_reason     = laq->score_reason.c_str();
-        s.compact_reason   = laq->compact_reason.c_str();
-        s.recall_scored_on = laq->recall ? laq->recall->scorer.devices.c_str() : "";
-        s.recall_reason    = laq->recall ? laq->recall->scorer.reason.c_str() : "";
         copy_sized(*stats, s, stats->size);
     });
 }
 
-laq_status laq_kept_positions(const laq_cache * laq, int32_t seq_id, int32_t * dst, uint64_t n) {
+laq_status laq_kept_positions(const laq_context * laq, int32_t seq_id, int32_t * dst, uint64_t n) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
         laq_check(dst || n == 0, "dst must not be NULL");
-        const std::vector<uint32_t> order = laq->resident(seq_id);
+        const std::vector<uint32_t> order = laq->store.resident(seq_id);
 
-        uint64_t n_all = 0;
-        for (const laq_layer & layer : laq->layers) {
-            laq_check(layer.n_head_kv == laq->layers[0].n_head_kv, "layers differ in their number of KV heads");
-            n_all += layer.n_head_kv * order.size();
+        for (const laq_layer & layer : laq->store.layers) {
+            laq_check(layer.n_head_kv == laq->store.layers[0].n_head_kv, "layers differ in their number of KV heads");
         }
-        laq_check(n == n_all, "dst needs n_layer*n_head_kv*n_resident elements");
-        for (uint32_t ikv = 0; ikv < laq->layers.size(); ++ikv) {
-            for (uint32_t h = 0; h < laq->layers[ikv].n_head_kv; ++h) {
+        laq_check(n == laq->store.n_heads * order.size(), "dst needs n_layer*n_head_kv*n_resident elements");
+        for (uint32_t ikv = 0; ikv < laq->store.layers.size(); ++ikv) {
+            for (uint32_t h = 0; h < laq->store.layers[ikv].n_head_kv; ++h) {
                 int32_t * row = dst;
                 for (const uint32_t cell : order) {
-                    *dst++ = laq->pos_at(seq_id, ikv, h, cell);
+                    *dst++ = laq->store.pos_at(laq->seqs[seq_id], seq_id, ikv, h, cell);
                 }
                 // cells shared with another sequence stand among those that moved
                 std::sort(row, dst);

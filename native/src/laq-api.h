@@ -2,7 +2,7 @@
 
 // Shared by the files that implement laq.h: exceptions become a status and a text.
 
-#include "laq-cache.h"
+#include "laq-context.h"
 
 #include <new>
 #include <string>
@@ -31,7 +31,7 @@ inline void laq_check(bool ok, const std::string & what) {
     }
 }
 
-inline void laq_check_seq(const laq_cache * laq, int32_t seq_id) {
+inline void laq_check_seq(const laq_context * laq, int32_t seq_id) {
     laq_check(laq, "laq must not be NULL");
     laq_check(seq_id >= 0 && seq_id < (int32_t) laq->seqs.size(),
               "seq_id must be in [0, " + std::to_string(laq->seqs.size()) + ")");

@@ -1,5 +1,7 @@
 #include "laq-archive.h"
 
+#include "laq-error.h"
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -42,11 +44,11 @@ static uint64_t bit_of(int32_t pos) {
     return 1ull << (pos % laq_archive::N_BLOCK);
 }
 
-laq_archive::laq_archive(std::vector<laq_archive_layer> l, uint64_t limit, std::string folder,
+laq_archive::laq_archive(const laq_archive_shape & shape, uint64_t limit, std::string folder,
                          std::function<void(const std::string &)> warn) :
-    layers(std::move(l)), limit(limit), folder(std::move(folder)), warn(std::move(warn)) {
+    shape(shape), limit(limit), folder(std::move(folder)), warn(std::move(warn)) {
     size_t end = 0;
-    for (const laq_archive_layer & layer : layers) {
+    for (const laq_archive_layer & layer : shape.layers) {
         for (const size_t row : layer.row) {
             offsets.push_back(end);
             end += layer.n_head_kv * N_BLOCK * row;
@@ -68,18 +70,6 @@ laq_archive::~laq_archive() {
 bool laq_archive::has(int32_t pos) const {
     const size_t i = pos / N_BLOCK;
     return pos >= 0 && i < blocks.size() && (blocks[i].held & bit_of(pos)) != 0;
-}
-
-bool laq_archive::has_all(int32_t end, bool in_memory) const {
-    const size_t n = end / N_BLOCK;
-    if (n > blocks.size() || (end % N_BLOCK != 0 && n == blocks.size())) {
-        return false;
-    }
-    const uint64_t rest    = bit_of(end) - 1;
-    const auto     is_here = [&](const block & b) { return b.data || !in_memory; };
-    return std::all_of(blocks.begin(), blocks.begin() + n,
-                       [&](const block & b) { return b.held == UINT64_MAX && is_here(b); }) &&
-           (rest == 0 || ((blocks[n].held & rest) == rest && is_here(blocks[n])));
 }
 
 std::vector<int32_t> laq_archive::positions() const {
@@ -112,6 +102,7 @@ uint64_t laq_archive::n_archived() const {
 //
 
 void laq_archive::allocate(block & b, bool zero) {
+    laq_fault();
     b.data.reset(new uint8_t[n_bytes]);
     ++n_in_memory;
     if (zero) {
@@ -137,7 +128,7 @@ void laq_archive::open(const std::vector<int32_t> & positions) {
 }
 
 uint8_t * laq_archive::row(int32_t pos, uint32_t ikv, int part, uint32_t head) {
-    const size_t size = layers[ikv].row[part];
+    const size_t size = shape.layers[ikv].row[part];
     return blocks[pos / N_BLOCK].data.get() + offsets[2 * ikv + part] + (head * N_BLOCK + pos % N_BLOCK) * size;
 }
 
@@ -210,13 +201,11 @@ void laq_archive::swap(laq_archive & other) {
     free_slots.swap(other.free_slots);
 }
 
-std::unique_ptr<laq_archive> laq_archive::detach() {
-    auto res = std::make_unique<laq_archive>(layers, limit, folder, warn);
-    res->swap(*this);
-    return res;
+std::unique_ptr<laq_archive> laq_archive::another() const {
+    return std::make_unique<laq_archive>(shape, limit, folder, warn);
 }
 
-void laq_archive::attach(laq_archive & other) {
+void laq_archive::take(laq_archive & other) {
     clear();
     swap(other);
 }
@@ -338,9 +327,14 @@ const uint8_t * laq_archive::part(uint32_t index, uint32_t ikv, int part, std::v
 // saved states
 //
 
-void laq_archive::visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit) {
+void laq_archive::visit(const std::function<void(uint32_t, uint64_t, const uint8_t *, size_t)> & visit,
+                        bool                                                                     with_bytes) {
     for (size_t i = 0; i < blocks.size(); ++i) {
         if (blocks[i].held == 0) {
+            continue;
+        }
+        if (!with_bytes) {
+            visit(i, blocks[i].held, nullptr, n_bytes);
             continue;
         }
         const bool in_file = !blocks[i].data;
@@ -355,14 +349,13 @@ void laq_archive::visit(const std::function<void(uint32_t, uint64_t, const uint8
     }
 }
 
-void laq_archive::restore(const std::vector<laq_archive_image> & images) {
-    clear();
-    for (const laq_archive_image & image : images) {
-        blocks.resize(std::max<size_t>(blocks.size(), image.index + 1));
-        block & b = blocks[image.index];
-        allocate(b, false);
-        b.held = image.held;
-        memcpy(b.data.get(), image.bytes.data(), n_bytes);
-        shrink();
-    }
+uint8_t * laq_archive::restore(uint32_t index) {
+    blocks.resize(std::max<size_t>(blocks.size(), index + 1));
+    allocate(blocks[index], false);
+    return blocks[index].data.get();
+}
+
+void laq_archive::restored(uint32_t index, uint64_t held) {
+    blocks[index].held = held;
+    shrink();
 }

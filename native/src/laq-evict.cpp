@@ -1,358 +1,343 @@
-// Evictions: what triggers one, what scores it, what stays.
+#include "laq-evict.h"
 
-#include "laq-cache.h"
-#include "laq-recall.h"
+#include "laq-graph-fit.h"
+#include "laq-graph-move.h"
 #include "laq-threads.h"
 
-#include "ggml.h"
 #include "llama-impl.h"
 
 #include <algorithm>
 
-std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
-                                       uint32_t n_shared) {
-    laq_params p = params;
-    p.n_kv_budget -= std::min(p.n_kv_budget, n_shared);
+//
+// archive
+//
 
-    const std::vector<uint8_t> pinned   = laq_pinned(p, view);
-    const uint32_t             n_pinned = std::count(pinned.begin(), pinned.end(), 1);
-    if (n_pinned > p.n_kv_budget) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        std::to_string(n_pinned + n_shared) + " tokens of the sequence are pinned or shared with " +
-                            "another one (llama_memory_seq_cp), kv_budget = " + std::to_string(params.n_kv_budget) +
-                            ": raise kv_budget or pin and share less");
+static void archive_rows(laq_context & laq, int32_t seq_id, const std::vector<int32_t> & pos,
+                         const std::vector<uint32_t> & cells) {
+    laq_archive &   archive = *laq.archive_of(seq_id);
+    const auto      ends    = std::minmax_element(cells.begin(), cells.end());
+    laq_host_buffer fetched;
+
+    archive.open(pos);
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+        for (int part = 0; part < 2; ++part) {
+            ggml_tensor *       t      = laq.store.part(ikv, part, seq_id);
+            const int64_t       n      = laq.store.layers[ikv].n_embd_head(part);
+            const uint32_t      n_head = laq.store.layers[ikv].n_head_kv;
+            const laq_cell_rows rows(t, laq.store.lanes(ikv, part), *ends.first, *ends.second + 1, fetched);
+            // each head by itself: memory that was allocated is touched here first, which takes longer than the copy
+            laq_parallel(n_head, cells.size() * n, laq.n_threads(), [&](uint32_t h) {
+                std::vector<uint8_t> turned(rows.row_size());
+                for (size_t i = 0; i < cells.size(); ++i) {
+                    laq_convert(t->type, rows.row(h, cells[i], turned.data()), (ggml_type) archive.type(part),
+                                archive.row(pos[i], ikv, part, h), n);
+                }
+            });
+            laq.stats.bytes_down += rows.n_transferred ? rows.n_transferred : n_head * cells.size() * rows.row_size();
+        }
     }
-    return laq_select_keys(p, ikv, h, view, pinned.data());
+    archive.close(pos);
 }
 
-void laq_cache::remember(int32_t seq_id, const std::vector<uint32_t> & order, laq_scores & now) const {
-    for (uint32_t ikv = 0; ikv < now.rows.size(); ++ikv) {
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            const float * memory = layers[ikv].memory.data() + (size_t) h * n_cells();
-            float *       s      = now.rows[ikv].data() + h * order.size();
+void laq_archive_evicted(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order) {
+    constexpr size_t N_STEP = 1024;  // tokens that are in host memory at least, whatever the limit
+
+    if (!laq.archive_of(plan.seq_id)) {
+        return;
+    }
+    const laq_archive & archive = *laq.archive_of(plan.seq_id);
+    const int32_t       begin   = laq.seqs[plan.seq_id].n_intact;
+    const int32_t       end     = std::min(plan.n_intact, plan.n_end);
+    try {
+        for (size_t i = 0; i < order.size();) {
+            std::vector<int32_t>  pos;
+            std::vector<uint32_t> cells;
+            for (; i < order.size() && pos.size() < N_STEP; ++i) {
+                const int32_t p = laq.store.cells(plan.seq_id).pos_get(order[i]);
+                if (p >= begin && p < end && !archive.has(p)) {
+                    pos.push_back(p);
+                    cells.push_back(order[i]);
+                }
+            }
+            if (!pos.empty()) {
+                archive_rows(laq, plan.seq_id, pos, cells);
+            }
+        }
+    } catch (const std::bad_alloc &) {
+        throw laq_error(LAQ_STATUS_NO_MEMORY, "no host memory for the archive: set kv_recall_limit");
+    }
+}
+
+//
+// score
+//
+
+// positions of the first n cells, as far as they are of a sequence
+static std::vector<int32_t> positions_of(const laq_context & laq, int32_t seq_id, int64_t n) {
+    const llama_kv_cells & table = laq.store.cells(seq_id);
+    std::vector<int32_t>   pos(n, INT32_MAX);
+    for (int64_t i = 0; i < n; ++i) {
+        if (!table.is_empty(i) && table.seq_has(i, seq_id)) {
+            pos[i] = table.pos_get(i);
+        }
+    }
+    return pos;
+}
+
+// the scores of a layer, of all cells, as columns of `order`
+static void gather(const laq_layer & layer, ggml_tensor * t, const std::vector<uint32_t> & order, laq_scores & scores) {
+    std::vector<float> raw(ggml_nelements(t));
+    ggml_backend_tensor_get(t, raw.data(), 0, ggml_nbytes(t));
+    for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+        float * row = scores.rows.data() + (layer.first_head + h) * scores.n;
+        for (size_t i = 0; i < order.size(); ++i) {
+            row[i] = raw[h * t->ne[0] + order[i]];
+        }
+    }
+}
+
+// the attention of the observed queries to the cells of `order`; empty if no query was captured
+static laq_scores score(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed,
+                        const std::vector<uint32_t> & order) {
+    laq_scores res;
+    if (observed.empty() || order.empty()) {
+        return res;
+    }
+    laq_compute & compute = laq.compute;
+    compute.begin();
+    laq_score_nodes nodes(compute.ctx(), laq.store.cells(plan.seq_id).used_max_p1(), observed.size());
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+        const laq_layer & layer = laq.store.layers[ikv];
+        ggml_tensor *     k     = laq.store.k(ikv, plan.seq_id);
+        ggml_tensor *     keys = ggml_view_3d(compute.ctx(), k, layer.n_embd_head_k, nodes.mask->ne[0], layer.n_head_kv,
+                                              k->nb[1], ggml_row_size(k->type, layer.n_embd_head_k), 0);
+        laq_graph_score(compute, nodes, layer, keys, k);
+    }
+    compute.alloc("the score graph: use a smaller window_size");
+    laq_set_observed(nodes.slots, nodes.mask, observed, positions_of(laq, plan.seq_id, nodes.mask->ne[0]));
+    if (!compute.run(laq.n_threads())) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
+    }
+    res.n         = order.size();
+    res.n_queries = observed.size();
+    res.rows.resize(res.n * laq.store.n_heads);
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+        gather(laq.store.layers[ikv], nodes.scores[ikv], order, res);
+    }
+    return res;
+}
+
+// The mean over the queries. Where a probe has looked before, the mean of that and what it saw: the prompt asks for the
+// same each time, and one look alone loses by chance what the next one would have kept.
+static laq_scores joined(const laq_context & laq, int32_t seq_id, const std::vector<uint32_t> & order,
+                         const laq_scores & scores) {
+    const laq_seq & seq = laq.seqs[seq_id];
+    laq_scores      res = scores;
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size() && res.n > 0; ++ikv) {
+        for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
+            const float * memory = laq.store.memory(ikv, h, seq_id);
+            float *       row    = res.rows.data() + (laq.store.layers[ikv].first_head + h) * res.n;
             for (size_t i = 0; i < order.size(); ++i) {
-                s[i] /= (float) now.n_queries;
-                if (seqs[seq_id].remembers && cells().pos_get(order[i]) < seqs[seq_id].n_intact) {
-                    s[i] = laq_joined(s[i], memory[order[i]]);
+                row[i] /= (float) res.n_queries;
+                if (seq.phase.probed() && laq.store.cells(seq_id).pos_get(order[i]) < seq.n_intact) {
+                    row[i] = (row[i] + memory[order[i]]) * 0.5f;
                 }
             }
         }
     }
-}
-
-void laq_cache::memorize(const std::vector<uint32_t> & dst, const laq_kept & kept, const laq_scores & now) {
-    for (uint32_t ikv = 0; ikv < now.rows.size(); ++ikv) {
-        const size_t n_row = now.rows[ikv].size() / layers[ikv].n_head_kv;
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            float *       memory = layers[ikv].memory.data() + (size_t) h * n_cells();
-            const float * row    = now.rows[ikv].data() + h * n_row;
-            for (size_t i = 0; i < dst.size(); ++i) {
-                memory[dst[i]] = row[kept[ikv][h][i]];
-            }
-        }
-    }
-}
-
-laq_kept laq_cache::select(const laq_eviction & e, const std::vector<uint32_t> & order,
-                           const std::vector<uint8_t> & own, const laq_scores & scores) {
-    laq_params p  = params_of(e.seq_id);
-    p.n_kv_budget = e.n_keep;
-    if (scores.rows.empty() && laq_policy_needs_queries(p)) {
-        if (e.queries.first < e.queries.last) {
-            LLAMA_LOG_WARN("%s: the queries of the last tokens went with tokens that were removed: the newest ones "
-                           "stay\n",
-                           __func__);
-        }
-        p.policy = LAQ_POLICY_STREAMING;
-    }
-
-    // what may stay: the sequence's own cells before n_end, and where they are in `order`
-    std::vector<uint32_t> at;
-    for (uint32_t i = 0; i < order.size(); ++i) {
-        if (own[i] && cells().pos_get(order[i]) < e.n_end) {
-            at.push_back(i);
-        }
-    }
-    const uint32_t n_shared = std::count(own.begin(), own.end(), 0);
-
-    const auto choose = [&](uint32_t ikv, uint32_t h) {
-        std::vector<int32_t> pos(at.size());
-        std::vector<float>   s(scores.rows.empty() ? 0 : at.size());
-        for (uint32_t i = 0; i < at.size(); ++i) {
-            pos[i] = pos_at(e.seq_id, ikv, h, order[at[i]]);
-        }
-        for (uint32_t i = 0; i < s.size(); ++i) {
-            s[i] = scores.rows[ikv][h * order.size() + at[i]];
-        }
-        const float *         of_head = s.empty() ? nullptr : s.data();
-        std::vector<uint32_t> kept =
-            laq_keep_of_head(p, ikv, h, { pos.data(), of_head, (uint32_t) at.size(), e.n_intact }, n_shared);
-        for (uint32_t & i : kept) {
-            i = at[i];
-        }
-        return kept;
-    };
-
-    laq_kept res(layers.size());
-    laq_parallel(layers.size(), n_head_kv_max() * at.size(), n_threads(), [&](uint32_t ikv) {
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            res[ikv].push_back(choose(ikv, h));
-        }
-    });
     return res;
 }
 
-// cells that another sequence shares stay: from now on the tables answer for them, too
-void laq_cache::settle_shared(int32_t seq_id, const std::vector<uint32_t> & order, const std::vector<uint8_t> & own) {
+void laq_keep_scores(laq_context & laq, const laq_scores & scores) {
+    if (laq.facts.debug) {
+        laq.scores[laq.stats.n_evictions % laq_context::N_DEBUG] = scores;
+    }
+}
+
+// what the chosen tokens scored, for the next probe: [n_heads][choice.n]
+static std::vector<float> scores_of_choice(const laq_context & laq, const std::vector<uint32_t> & order,
+                                           const laq_choice & choice, const laq_scores & scores) {
+    std::vector<size_t> column(laq.store.n_cells());
     for (size_t i = 0; i < order.size(); ++i) {
-        for (uint32_t ikv = 0; ikv < layers.size() && !own[i]; ++ikv) {
-            for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-                const size_t at = (size_t) h * n_cells() + order[i];
-
-                layers[ikv].origin[at] = pos_at(seq_id, ikv, h, order[i]);
-                layers[ikv].memory[at] = 0.0f;
-            }
-        }
+        column[order[i]] = i;
     }
-}
-
-static uint32_t n_before(const laq_cache & laq, const std::vector<uint32_t> & order, int32_t n_end) {
-    return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return laq.cells().pos_get(c) < n_end; });
-}
-
-std::vector<laq_observation> laq_last_fitted(std::vector<laq_observation> obs, uint32_t n_fit) {
-    obs.erase(obs.begin(), obs.end() - std::min<size_t>(obs.size(), n_fit));
-    return obs;
-}
-
-bool laq_all_exact(const std::vector<laq_observation> & obs) {
-    return std::all_of(obs.begin(), obs.end(), [](const auto & o) { return o.exact; });
-}
-
-bool laq_cache::fits_to_archive() const {
-    return recall && laq_policy_fits(params) && recall->archive.can_hold() && recall->scorer.on_cpu();
-}
-
-bool laq_cache::observes_archive(int32_t seq_id, const std::vector<uint32_t> & order) const {
-    return fits_to_archive() && !laq_holds_archive(*this, seq_id, order);
-}
-
-std::vector<laq_observation> laq_cache::fitted_to(const laq_eviction & e, const std::vector<uint32_t> & order) {
-    if (observes_archive(e.seq_id, order)) {
-        const std::vector<laq_observation> res = laq_last_fitted(laq_observations(*this, e), e.n_fit);
-        if (!res.empty() && !laq_all_exact(res)) {
-            observe_archive(e, order, res);
-        }
-        return res;
+    std::vector<float> res(choice.cell.size());
+    for (size_t i = 0; i < res.size() && scores.n > 0; ++i) {
+        res[i] = scores.rows[i / choice.n * scores.n + column[choice.cell[i]]];
     }
-    // what they got themselves counts, as long as it is of what the cells hold
-    std::vector<laq_observation> res = laq_observations(*this, e);
-    res.erase(std::remove_if(res.begin(), res.end(),
-                             [&](const laq_observation & o) { return o.pos < seqs[e.seq_id].n_settled; }),
-              res.end());
-    return laq_last_fitted(std::move(res), e.n_fit);
-}
-
-// what is kept, and what was decoded ahead with it where that is asked for
-static laq_rows rows_of(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order,
-                        const laq_kept & kept, bool with_ahead) {
-    const uint32_t first_ahead = with_ahead ? n_before(laq, order, e.n_end) : order.size();
-
-    laq_rows res(kept.size());
-    laq_parallel(kept.size(), laq.n_head_kv_max() * kept[0][0].size(), laq.n_threads(), [&](uint32_t ikv) {
-        for (uint32_t h = 0; h < kept[ikv].size(); ++h) {
-            std::vector<laq_row> & rows = res[ikv].emplace_back();
-            rows.reserve(kept[ikv][h].size() + order.size() - first_ahead);
-            for (const uint32_t i : kept[ikv][h]) {
-                rows.push_back({ laq.pos_at(e.seq_id, ikv, h, order[i]), (int32_t) order[i] });
-            }
-            for (uint32_t i = first_ahead; i < order.size(); ++i) {
-                rows.push_back({ laq.cells().pos_get(order[i]), (int32_t) order[i] });
-            }
-        }
-    });
     return res;
 }
 
-// Whose queries values are fitted to. While a prompt is read, what is read next is most like what was read last: not the
-// probe's. Before n_intact heads hold different tokens.
-static laq_eviction fitted_by(const laq_eviction & e) {
-    laq_eviction by = e;
-    if (e.scratch) {
-        by.scratch = false;
-        by.queries = { e.n_intact, e.n_end };
+static void memorize(laq_context & laq, int32_t seq_id, const std::vector<uint32_t> & dst,
+                     const std::vector<float> & scores) {
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+        for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
+            float *       memory = laq.store.memory(ikv, h, seq_id);
+            const float * row    = scores.data() + (laq.store.layers[ikv].first_head + h) * dst.size();
+            for (size_t i = 0; i < dst.size(); ++i) {
+                memory[dst[i]] = row[i];
+            }
+        }
     }
-    return by;
 }
 
-void laq_cache::drop(std::vector<uint32_t> & cells, uint32_t n_kept) {
-    for (size_t i = n_kept; i < cells.size(); ++i) {
-        kv->v_cells[0].rm(cells[i]);
+//
+// move
+//
+
+static void move_by_graph(laq_context & laq, const laq_moves & moves) {
+    const int64_t n      = moves.dst.back() + 1;
+    const int64_t n_from = std::max<int64_t>(n, laq.store.cells(moves.seq_id).used_max_p1());
+    laq.compute.begin();
+    const std::vector<ggml_tensor *> index = laq_graph_moves(laq.compute, laq.store, moves.seq_id, n, n_from);
+    laq.compute.alloc("the graph that moves K and V");
+    for (uint32_t ikv = 0; ikv < index.size(); ++ikv) {
+        const std::vector<int32_t> cells = laq_move_index(laq.store, moves, ikv, n);
+        ggml_backend_tensor_set(index[ikv], cells.data(), 0, ggml_nbytes(index[ikv]));
     }
-    cells.resize(n_kept);
-    kv->v_heads[0] = seqs.size() == 1 ? n_kept : 0;
+    if (!laq.compute.run(laq.n_threads())) {
+        laq.store.kv.seq_rm(moves.seq_id, -1, -1);
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "K and V could not be moved: the sequence is removed");
+    }
 }
 
-// cells that another sequence shares stay where they are, whole
-static std::vector<uint8_t> owned(const laq_cache & laq, const std::vector<uint32_t> & order) {
-    std::vector<uint8_t> own(order.size());
-    std::transform(order.begin(), order.end(), own.begin(),
-                   [&](uint32_t cell) { return laq.cells().seq_count(cell) == 1; });
-    return own;
+std::vector<uint32_t> laq_settle(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order,
+                                 const std::vector<uint8_t> & own, const laq_choice & choice) {
+    laq_commit done  = laq.store.prepare(plan.seq_id, order, own, choice, plan.n_intact, laq.params.n_sink);
+    laq_moves  moves = { plan.seq_id, done.dst, std::vector<uint32_t>(choice.cell.size()) };
+    for (size_t i = 0; i < moves.src.size(); ++i) {
+        moves.src[i] = choice.cell[i] < 0 ? done.dst[i % choice.n] : (uint32_t) choice.cell[i];
+    }
+    if (laq.facts.by_graph && choice.n > 0) {
+        move_by_graph(laq, moves);
+    } else {
+        laq_move_room room = laq_room_to_move(laq.store, moves);
+        laq_move_by_host(laq.store, moves, room);
+    }
+    laq.store.commit(plan.seq_id, laq.seqs[plan.seq_id], order, own, choice, done);
+    return std::move(moves.dst);
 }
 
-// The re-selection of an eviction. What fits to the archive passes over it anyhow: it is not skipped, so that V starts from
-// what it was and not from an earlier fit.
-static laq_eviction recalling(const laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order) {
-    laq_eviction res = e;
-    res.always |= laq.observes_archive(e.seq_id, order);
+//
+// fit
+//
+
+std::vector<laq_observed> laq_fitted_to(std::vector<laq_observed> observed, bool of_all) {
+    const auto out_of_date = [of_all](const laq_observed & o) {
+        return o.output == laq_output::NONE || (of_all && o.output != laq_output::ALL);
+    };
+    observed.erase(std::remove_if(observed.begin(), observed.end(), out_of_date), observed.end());
+    // what a fit costs grows with the square of their number
+    observed.erase(observed.begin(), observed.end() - std::min<size_t>(observed.size(), LAQ_FIT_QUERIES));
+    return observed;
+}
+
+// [n_head_kv][n], 1 = V of a head may change: what is pinned keeps its V
+static std::vector<float> free_of_layer(const laq_context & laq, const laq_plan & plan, uint32_t ikv,
+                                        const std::vector<uint32_t> & dst, int64_t n) {
+    const laq_params     p = laq.params_of(plan.seq_id);
+    std::vector<float>   res(laq.store.layers[ikv].n_head_kv * n);
+    std::vector<int32_t> pos(dst.size());
+    for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
+        for (size_t i = 0; i < dst.size(); ++i) {
+            pos[i] = laq.store.pos_at(laq.seqs[plan.seq_id], plan.seq_id, ikv, h, dst[i]);
+        }
+        const std::vector<uint8_t> pinned =
+            laq_pinned(p, { pos.data(), nullptr, (uint32_t) pos.size(), plan.n_intact });
+        for (size_t i = 0; i < dst.size(); ++i) {
+            res[h * n + i] = pinned[i] ? 0.0f : 1.0f;
+        }
+    }
     return res;
 }
 
-bool laq_cache::choose_again(const laq_eviction & e) {
-    ctx->synchronize();
-    const std::vector<uint32_t> order = resident(e.seq_id);
-    laq_archive_leaving(*this, e, order);
-    return reselect(e, order, owned(*this, order));
+static void fit(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed,
+                const std::vector<uint32_t> & dst) {
+    laq_compute & compute = laq.compute;
+    compute.begin();
+    const laq_fit_nodes nodes = laq_graph_fit(compute, laq.store, plan.seq_id, dst.size(), dst.back() + 1,
+                                              observed.size(), &laq.params.value_fit);
+    compute.alloc("the fit of values");
+
+    const int64_t         n = nodes.cells->ne[0];
+    std::vector<uint32_t> cells(dst);
+    std::vector<int32_t>  pos(n, INT32_MAX);
+    for (size_t i = 0; i < dst.size(); ++i) {
+        pos[i] = laq.store.cells(plan.seq_id).pos_get(dst[i]);
+    }
+    cells.resize(n, dst.back());
+    ggml_backend_tensor_set(nodes.cells, cells.data(), 0, ggml_nbytes(nodes.cells));
+    laq_set_observed(nodes.slots, nodes.mask, observed, pos);
+    for (uint32_t ikv = 0; ikv < nodes.free.size(); ++ikv) {
+        const std::vector<float> free = free_of_layer(laq, plan, ikv, dst, n);
+        ggml_backend_tensor_set(nodes.free[ikv], free.data(), 0, ggml_nbytes(nodes.free[ikv]));
+    }
+    if (!compute.run(laq.n_threads())) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "not all values are fitted");
+    }
 }
 
-void laq_cache::evict(const laq_eviction & e) {
-    ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
-    seqs[e.seq_id].attending = false;
-
-    const std::vector<uint32_t> order = resident(e.seq_id);
-    const std::vector<uint8_t>  own   = owned(*this, order);
-    if (recall) {
-        laq_archive_leaving(*this, e, order);
-    }
-    if (e.recall && (reselect(recalling(*this, e, order), order, own) || n_before(*this, order, e.n_end) <= e.n_keep)) {
+void laq_fit(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed,
+             const std::vector<uint32_t> & dst) {
+    if (observed.empty() || dst.empty()) {
         return;
     }
-    const int64_t t_begin = ggml_time_us();
-
-    laq_scores now;
-    if (laq_policy_needs_queries(params)) {
-        now = score(e, order);
+    const int64_t t0 = ggml_time_us();
+    try {
+        fit(laq, plan, observed, dst);
+    } catch (const std::exception & e) {
+        LLAMA_LOG_WARN("%s: %s\n", __func__, e.what());
     }
-    if (debug) {
-        scores[stats.n_evictions % N_DEBUG] = now.rows;
-    }
-    laq_seq & seq = seqs[e.seq_id];
-    if (laq_policy_needs_lookahead(params) && (e.scratch || seq.remembers)) {
-        remember(e.seq_id, order, now);
-    }
-    const int64_t  t_scored = ggml_time_us();
-    const laq_kept kept     = select(e, order, own, now);
-    const int64_t  t0       = ggml_time_us();
-    settle_shared(e.seq_id, order, own);
-
-    // while a prompt is read, only where the archive has V as it was: fitted to the fitted, it drifts from chunk to chunk
-    const bool         fits = laq_policy_fits(params) && (!e.scratch || fits_to_archive()) && !now.rows.empty() &&
-                              !std::count(own.begin(), own.end(), 0);
-    const laq_eviction by   = fitted_by(e);
-    std::vector<laq_observation> obs;
-    int64_t                      t_observed = t0;
-    if (fits) {
-        obs        = fitted_to(by, order);
-        t_observed = ggml_time_us();
-    }
-    // what is dropped goes after the fit: its queries see it, and it has their outputs
-    std::vector<uint32_t> dst = compact(e, order, own, rows_of(*this, e, order, kept, fits && !e.scratch));
-    if (e.scratch) {
-        memorize(dst, kept, now);
-    }
-    seq.n_intact    = e.n_intact;
-    seq.remembers   = e.scratch;
-    const int64_t t = ggml_time_us();
-    if (fits) {
-        fit_values(by, obs, dst);
-        drop(dst, kept[0][0].size());
-        seq.fitted |= !obs.empty();
-    }
-    seq.n_settled = e.n_end;
-    seq.ring.forget(e.n_end);
-    stats.ms_score += (t_scored - t_begin) / 1000.0;
-    stats.ms_select += (t0 - t_scored) / 1000.0;
-    stats.ms_fit += (t_observed - t0) / 1000.0;
-    stats.ms_compact += (t - t_observed) / 1000.0;
-    ++stats.n_evictions;
+    laq.stats.ms_fit += (ggml_time_us() - t0) / 1000.0;
 }
 
-int32_t laq_cache::intact_from(int32_t seq_id, int32_t n_prompt) const {
-    return std::max(seqs[seq_id].n_intact, n_prompt - (int32_t) laq_policy_window(params));
-}
+//
+// an eviction
+//
 
-int32_t laq_cache::intact_in_prompt(int32_t seq_id, int32_t n_past, uint32_t n_keep) const {
-    uint32_t n_window = laq_policy_window(params);
-    if (fits_to_archive()) {
-        // the queries that values are fitted to see what every head holds, or one mask would not do for all
-        laq_params p  = params_of(seq_id);
-        p.n_kv_budget = n_keep;
-        p.n_reread    = LAQ_FIT_QUERIES;
-        n_window      = std::max(n_window, laq_policy_reread(p));
+void laq_evict(laq_context & laq, const laq_plan & plan) {
+    const std::vector<uint32_t> order = laq.store.resident(plan.seq_id);
+    const std::vector<uint8_t>  own   = laq.store.owned(plan.seq_id, order);
+    laq_seq &                   seq   = laq.seqs[plan.seq_id];
+    const int64_t               t0    = ggml_time_us();
+
+    std::vector<laq_observed> observed;
+    laq_scores                scores;
+    if (laq_policy_needs_queries(laq.params)) {
+        observed = laq.observed(plan.seq_id, plan.queries, plan.by_probe);
+        scores   = score(laq, plan, observed, order);
     }
-    return std::max(seqs[seq_id].n_intact, n_past - (int32_t) n_window);
-}
+    const bool       joins = laq_policy_needs_lookahead(laq.params) && (plan.by_probe || seq.phase.probed());
+    const laq_scores rank  = joins ? joined(laq, plan.seq_id, order, scores) : laq_scores();
+    const int64_t    t1    = ggml_time_us();
 
-void laq_cache::evict_to(int32_t seq_id, uint32_t n_keep, bool recall) {
-    const int32_t n_end    = n_tokens(seq_id);
-    const int32_t n_prompt = std::max(0, n_end - (int32_t) laq_policy_ahead(params));
+    const laq_scores & by     = joins ? rank : scores;
+    laq_choice         choice = laq_choose_resident(laq, plan, order, own, by);
+    const int64_t      t2     = ggml_time_us();
 
-    evict({ seq_id, n_keep, laq_policy_queries(params, n_prompt, n_end), false, intact_from(seq_id, n_prompt), n_end,
-            recall });
-    seqs[seq_id].pending.reset();
-}
-
-void laq_cache::overflow(int32_t seq_id) {
-    // an eviction that waits is the turn's own
-    const laq_recall_when when = seqs[seq_id].pending ? LAQ_RECALL_TURN : LAQ_RECALL_ALWAYS;
-    evict_to(seq_id, params.n_kv_budget, recalls(seq_id, when));
-}
-
-bool laq_cache::can_evict(int32_t seq_id) const {
-    const auto & pending = seqs[seq_id].pending;
-    return pending && n_tokens(seq_id) >= pending->n_prompt + (int32_t) params.n_lookahead;
-}
-
-void laq_cache::evict_pending(int32_t seq_id, laq_recall_when when) {
-    laq_seq &     seq   = seqs[seq_id];
-    const int32_t n_end = n_tokens(seq_id);
-    // no more than n_lookahead tokens are ahead, or the window would not fit the budget
-    const int32_t n_prompt = std::max(seq.pending->n_prompt, n_end - (int32_t) params.n_lookahead);
-
-    seq.pending.reset();
-    const bool recall = recalls(seq_id, when);
-    if (n_resident(seq_id) > params.n_kv_budget || recall) {
-        evict({ seq_id, params.n_kv_budget, laq_policy_queries(params, n_prompt, n_end), false,
-                intact_from(seq_id, n_prompt), n_end, recall });
+    const bool is_whole = std::find(own.begin(), own.end(), 0) == own.end();
+    const bool fits =
+        laq_policy_fits(laq.params) && !plan.by_probe && plan.n_keep <= laq.params.n_kv_budget && is_whole;
+    observed = laq_fitted_to(fits ? observed : std::vector<laq_observed>(), false);
+    if (!observed.empty()) {
+        // what was decoded ahead goes after the fit: the queries see it
+        laq_choose_ahead(laq, plan, order, choice);
     }
-}
+    const std::vector<float> memory = plan.by_probe ? scores_of_choice(laq, order, choice, by) : std::vector<float>();
 
-bool laq_cache::can_make_room() const {
-    if (params.policy == LAQ_POLICY_FULL || n_cells() - n_used() >= n_wanted) {
-        return false;
+    laq_keep_scores(laq, scores);
+    const std::vector<uint32_t> dst = laq_settle(laq, plan, order, own, choice);
+    // nothing fails from here on
+    if (plan.by_probe) {
+        memorize(laq, plan.seq_id, dst, memory);
     }
-    uint32_t n_over = 0;
-    for (uint32_t s = 0; s < seqs.size(); ++s) {
-        n_over += n_resident(s) - std::min(n_resident(s), params.n_kv_budget);
-    }
-    return n_cells() - n_used() + n_over >= n_wanted;
-}
+    seq.evicted(plan.n_intact, plan.n_end, plan.by_probe, laq.archive_of(plan.seq_id) != nullptr);
+    seq.fitted |= !observed.empty();
+    const int64_t t3 = ggml_time_us();
+    laq_fit(laq, plan, observed, dst);
 
-void laq_cache::make_room() {
-    for (uint32_t s = 0; s < seqs.size() && n_cells() - n_used() < n_wanted; ++s) {
-        if (n_resident(s) > params.n_kv_budget) {
-            overflow(s);
-        }
-    }
-}
-
-void laq_cache::run_update(std::function<void()> j) {
-    job    = std::move(j);
-    status = LAQ_STATUS_OK;
-    ctx->memory_update(false);
-    job = nullptr;
-    if (status != LAQ_STATUS_OK) {
-        throw laq_error(status, error);
-    }
+    laq.stats.ms_score += (t1 - t0) / 1000.0;
+    laq.stats.ms_select += (t2 - t1) / 1000.0;
+    laq.stats.ms_compact += (t3 - t2) / 1000.0;
+    ++laq.stats.n_evictions;
 }

@@ -64,8 +64,8 @@ std::vector<uint32_t> laq_top(const float * scores, const uint8_t * pinned, uint
     if (n <= n_budget || n_budget == 0) {
         return res;
     }
-    // One number for each entry, the larger the better: pinned, then score, then the lower index. No two are equal, so the
-    // result does not depend on the algorithm.
+    // One number for each entry, the larger the better: pinned, then score, then the lower index. No two are equal, so
+    // the result does not depend on the algorithm.
     std::vector<uint64_t> keys(n);
     for (uint32_t i = 0; i < n; ++i) {
         keys[i] = (uint64_t) (pinned[i] ? UINT32_MAX : ordered(scores[i])) << 32 | (UINT32_MAX - i);
@@ -90,29 +90,20 @@ float laq_random_score(uint32_t seed, uint32_t ikv, uint32_t head, int32_t pos) 
     return (float) (z >> 40) * (1.0f / 16777216.0f);
 }
 
-// scores -> rank of the policies that attend
-static std::vector<float> rank_attention(const laq_params & params, const laq_head_view & view,
-                                         const uint8_t * pinned) {
-    std::vector<float> raw(view.scores, view.scores + view.n);
-    std::vector<float> res(view.n);
-    for (uint32_t i = 0; i < view.n; ++i) {
-        raw[i] = pinned[i] ? 0.0f : raw[i];
-    }
-    laq_pool(raw.data(), res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling);
-    return res;
-}
-
 std::vector<float> laq_rank(const laq_params & params, uint32_t ikv, uint32_t head, const laq_head_view & view,
                             const uint8_t * pinned) {
     std::vector<float> res(view.n);
-    switch (params.policy) {
-        case LAQ_POLICY_STREAMING: std::copy(view.pos, view.pos + view.n, res.begin()); break;
-        case LAQ_POLICY_RANDOM:
-            for (uint32_t i = 0; i < view.n; ++i) {
-                res[i] = laq_random_score(params.seed, ikv, head, view.pos[i]);
-            }
-            break;
-        default: return rank_attention(params, view, pinned);
+    if (laq_policy_needs_queries(params)) {
+        std::vector<float> raw(view.scores, view.scores + view.n);
+        for (uint32_t i = 0; i < view.n; ++i) {
+            raw[i] = pinned[i] ? 0.0f : raw[i];
+        }
+        laq_pool(raw.data(), res.data(), view.n, params.n_kernel, (laq_pooling) params.pooling);
+        return res;
+    }
+    for (uint32_t i = 0; i < view.n; ++i) {
+        res[i] =
+            params.policy == LAQ_POLICY_RANDOM ? laq_random_score(params.seed, ikv, head, view.pos[i]) : view.pos[i];
     }
     return res;
 }
@@ -165,11 +156,6 @@ std::vector<uint8_t> laq_pinned(const laq_params & params, const laq_head_view &
     return pinned;
 }
 
-std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
-                                      const laq_head_view & view) {
-    return laq_select_keys(params, ikv, head, view, laq_pinned(params, view).data());
-}
-
 laq_query_range laq_policy_queries(const laq_params & params, int32_t n_prompt, int32_t n_end) {
     const int32_t ahead  = std::min(n_end, n_prompt + (int32_t) params.n_lookahead);
     const int32_t window = std::max<int32_t>(0, n_prompt - (int32_t) laq_policy_window(params));
@@ -194,34 +180,11 @@ bool laq_policy_needs_lookahead(const laq_params & params) {
     return params.policy == LAQ_POLICY_LAQ || params.policy == LAQ_POLICY_LAQ_PP;
 }
 
-bool laq_policy_scores(const laq_params & params) {
-    return laq_policy_needs_queries(params) || params.draft == LAQ_DRAFT_SNAPKV;
-}
-
 bool laq_policy_fits(const laq_params & params) {
-    // a draft's outputs are those of the small cache, and newlines say nothing
-    return params.policy == LAQ_POLICY_LAQ_PP && params.value_fit > 0.0f && params.draft == LAQ_DRAFT_FULL &&
-           params.lookahead != LAQ_LOOKAHEAD_POSITION;
+    return params.policy == LAQ_POLICY_LAQ_PP && params.value_fit > 0.0f;
 }
 
-uint32_t laq_policy_reread(const laq_params & params) {
-    const int64_t n_room = (int64_t) params.n_kv_budget - laq_policy_n_pinned(params) + laq_policy_window(params);
-    return std::clamp<int64_t>(std::min(params.n_reread, params.n_kv_budget / 4), 0, std::max<int64_t>(0, n_room));
-}
-
-uint32_t laq_policy_rounds(const laq_params & params, bool probed) {
-    return params.n_recall_rounds + (params.n_recall_rounds > 0 && probed);
-}
-
-uint32_t laq_policy_lookaheads(bool probed) {
-    return probed ? 2 : 1;
-}
-
-laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt) {
-    return { std::max(first, n_prompt - (int32_t) params.n_window_snapkv), n_prompt };
-}
-
-uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room) {
+uint32_t laq_policy_beside_ahead(const laq_params & params, uint32_t n_room) {
     return std::max(params.n_kv_budget, n_room - std::min(n_room, laq_policy_ahead(params)));
 }
 
@@ -278,6 +241,28 @@ laq_chunk laq_plan_chunk(const laq_params * params, uint32_t n_cells, uint32_t n
         return { 0, 0, 0 };
     }
     return { (uint32_t) n_tokens, (uint32_t) n_evict, (uint32_t) n_probe };
+}
+
+laq_chunk laq_plan_attending(const laq_params & params, const laq_attending & now) {
+    const uint32_t n_cells = now.n_cells - std::min(now.n_cells, laq_policy_ahead(params));
+
+    // no probe takes cells, only the lookahead from the prompt's end
+    laq_params p = params;
+    p.policy     = LAQ_POLICY_SNAPKV;
+
+    laq_chunk plan = laq_plan_chunk(&p, n_cells, now.n_used, now.n_resident, now.n_left, now.n_batch);
+    if (plan.n_evict > 0) {
+        plan.n_evict  = now.n_resident - params.n_kv_budget;
+        plan.n_tokens = std::min(now.n_left, now.n_batch);
+    }
+    if (plan.n_evict > 0 || now.evicted) {
+        // two halves and no small rest: ggml's CPU backend sums the attention of fewer than 64 tokens in another order
+        const bool is_end = now.n_left > now.n_attend && now.n_left < 2 * now.n_attend;
+        plan.n_tokens     = std::min(plan.n_tokens, is_end ? (now.n_left + 1) / 2 : now.n_attend);
+    }
+    const uint32_t n_free = n_cells - std::min(n_cells, now.n_used - plan.n_evict);
+    plan.n_tokens         = std::min(plan.n_tokens, n_free);
+    return plan;
 }
 
 uint32_t laq_policy_n_pinned(const laq_params & params) {

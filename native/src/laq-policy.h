@@ -3,7 +3,7 @@
 // Pure functions on plain arrays: which keys stay. No ggml, no llama.
 // Reference: laq_gguf/reference/select.py; the two agree exactly.
 
-#include "laq.h"
+#include "laq-test.h"
 
 #include <cstdint>
 #include <vector>
@@ -47,10 +47,6 @@ std::vector<uint32_t> laq_select_keys(const laq_params & params, uint32_t ikv, u
 // what no eviction may free: sinks, pinned spans, positions from n_intact on
 std::vector<uint8_t> laq_pinned(const laq_params & params, const laq_head_view & view);
 
-// the selection of one KV head: indices into view, ascending
-std::vector<uint32_t> laq_select_head(const laq_params & params, uint32_t ikv, uint32_t head,
-                                      const laq_head_view & view);
-
 // positions [first, last) whose queries score the keys; n_end: one past the last position decoded
 struct laq_query_range {
     int32_t first;
@@ -65,40 +61,25 @@ uint32_t laq_policy_window(const laq_params & params);
 bool laq_policy_needs_queries(const laq_params & params);
 bool laq_policy_needs_lookahead(const laq_params & params);
 
-// whether keys are ever scored: by the policy or by its draft
-bool laq_policy_scores(const laq_params & params);
-
-// whether values of what stays are fitted, and to how many queries at most (a part that is read twice: to all of its own):
-// not those of the methods that laq++ is compared with
+// Values are fitted to so many observed queries at most.
 constexpr uint32_t LAQ_FIT_QUERIES = 32;
-bool               laq_policy_fits(const laq_params & params);
 
-// Most tokens at the end of a conversation that are read again with what a message has selected: n_reread, but a quarter
-// of the budget at most, and no more than the budget holds beside what is pinned
-uint32_t laq_policy_reread(const laq_params & params);
+// whether an eviction fits the values of what stays
+bool laq_policy_fits(const laq_params & params);
 
-// Times that a message selects for itself. One more where probes have read it: the first time, it asks for what they
-// have kept.
-uint32_t laq_policy_rounds(const laq_params & params, bool probed);
+// Tokens of an answer that are read again before the next prompt, at most.
+constexpr uint32_t LAQ_REREAD = 256;
 
-// Times that is looked ahead from what a message has selected. Once more where probes have read it: V was fitted to what the
-// message gets from all tokens, and then to what the first lookahead gets, from which the second one differs less.
-uint32_t laq_policy_lookaheads(bool probed);
+// Tokens that attend at once where the cells are in host memory.
+constexpr uint32_t LAQ_ATTEND = 128;
 
-// Of the tokens that are read again, from first on, the positions whose queries select: SnapKV's window
-laq_query_range laq_policy_message(const laq_params & params, int32_t first, int32_t n_prompt);
-
-// Tokens that a choice from the archive brings together for a message: the lookahead is generated from them, and only then
-// the budget is chosen. As many as the n_room cells that the sequence can have hold beside a lookahead
-uint32_t laq_policy_draft(const laq_params & params, uint32_t n_room);
-
-// Tokens of the lookahead. A probe looks ahead no further than LAQ_PROBE_AHEAD: it is made for every chunk, and what it
-// misses is looked for again.
+// Tokens of the lookahead. A probe looks ahead no further than LAQ_PROBE_AHEAD, since there is one before each
+// eviction.
 constexpr uint32_t LAQ_PROBE_AHEAD = 8;
 uint32_t           laq_policy_ahead(const laq_params & params);
 uint32_t           laq_policy_probe_ahead(const laq_params & params);
 
-// cells that stay free while a prompt is read: for the probe, and for the lookahead from its end
+// cells that stay free while a prompt is read: for a probe, and for the lookahead from its end
 uint32_t laq_policy_room(const laq_params & params);
 
 // Most tokens of a chunk where n_chunk is 0: a third of the cells that no probe needs. Larger chunks need fewer
@@ -107,3 +88,21 @@ uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells);
 
 // cells that no eviction frees: the union of sinks, window, lookahead and pinned spans
 uint32_t laq_policy_n_pinned(const laq_params & params);
+
+// How a prompt goes on where there is an archive: its next tokens attend. All evicted tokens are in view, so one
+// eviction goes down to the budget.
+struct laq_attending {
+    uint32_t n_cells;     // of the sequence's stream
+    uint32_t n_used;      // of these
+    uint32_t n_resident;  // of the sequence
+    uint32_t n_left;      // tokens of the prompt
+    uint32_t n_batch;     // most tokens of a batch
+    uint32_t n_attend;    // most tokens that attend at once
+    bool     evicted;     // the sequence has archived tokens
+};
+
+laq_chunk laq_plan_attending(const laq_params & params, const laq_attending & now);
+
+// Tokens that are recalled for a lookahead: as many as find cells beside it, and no fewer than the budget. n_room:
+// cells that the sequence can have
+uint32_t laq_policy_beside_ahead(const laq_params & params, uint32_t n_room);

@@ -1,6 +1,3 @@
-// What goes to the archive: a prefix of the sequence, but for what was lost. Every head holds some of it, and all of what
-// comes after it.
-
 #include "laq-recall.h"
 
 #include "laq-threads.h"
@@ -8,216 +5,273 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <cstring>
 
-//
-// construction
-//
+// a recall while it is made
+struct laq_recall_run {
+    laq_context &                     laq;
+    const laq_plan &                  plan;
+    const std::vector<uint32_t> &     order;
+    const std::vector<laq_observed> & observed;
 
-static std::vector<laq_archive_layer> archive_layers(const laq_cache & laq, const ggml_type * type) {
-    std::vector<laq_archive_layer> res;
-    for (const laq_layer & layer : laq.layers) {
-        res.push_back({ layer.n_head_kv,
-                        { ggml_row_size(type[0], layer.n_embd_head_k), ggml_row_size(type[1], layer.n_embd_head_v) } });
+    laq_archive &        archive;
+    laq_columns          columns;
+    std::vector<int32_t> candidates;  // positions before n_end that every head may choose
+    laq_params           params;      // n_kv_budget = tokens that are chosen
+    laq_scores           scores;      // a column for each position
+    laq_choice           choice;
+    // archived rows that become resident: K and V of each of n_heads, one after the other, in the type of the cells
+    std::vector<std::vector<uint8_t>> recalled[2];
+
+    laq_recall_run(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order,
+                   const std::vector<laq_observed> & observed) :
+        laq(laq), plan(plan), order(order), observed(observed), archive(*laq.archive_of(plan.seq_id)),
+        columns(laq.store, archive), params(laq.params_of(plan.seq_id)) {}
+
+    // whether V of a chosen row is read from the archive: V that was fitted is not what it was
+    bool from_archive(int part, int32_t pos, int32_t cell) const {
+        return cell < 0 || (part == 1 && laq.seqs[plan.seq_id].fitted && archive.has(pos));
     }
-    return res;
-}
 
-static ggml_type archive_type(const laq_cache & laq, const ggml_tensor * t, uint32_t n_embd_head) {
-    if (laq.params.archive_type < 0) {
-        return t->type;
+    uint32_t n_ahead() const {
+        const llama_kv_cells & table = laq.store.cells(plan.seq_id);
+        return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return table.pos_get(c) >= plan.n_end; });
     }
-    const ggml_type type = (ggml_type) laq.params.archive_type;
-    const auto      fits = [&] {
-        const ggml_type_traits * traits = ggml_get_type_traits(type);
-        return (type == GGML_TYPE_F32 || (traits->to_float && traits->from_float_ref)) &&
-               n_embd_head % ggml_blck_size(type) == 0 &&
-               ggml_row_size(type, n_embd_head) <= ggml_row_size(t->type, n_embd_head);
-    };
-    if (type != t->type && (type >= GGML_TYPE_COUNT || !fits())) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "kv_recall_type cannot hold heads of " + std::to_string(n_embd_head) + " from a cache of " +
-                            ggml_type_name(t->type) + " in fewer bytes: leave it out for the cache's own type");
-    }
-    return type;
-}
 
-static const laq_cache & checked(const laq_cache & laq) {
-    if (laq.seqs.size() != 1) {
-        throw laq_error(LAQ_STATUS_UNSUPPORTED, "kv_recall takes a context of one sequence (n_seq_max = 1)");
-    }
-    if (!laq_policy_needs_queries(laq.params)) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "kv_recall chooses by attention: use kv_policy = laq, laq++ or snapkv");
-    }
-    return laq;
-}
+    void begin(bool fits);
+    bool score_layer(uint32_t ikv);
+    void choose_layer(uint32_t ikv);
+    bool fetch_layer(uint32_t ikv);
+    bool run(bool fits);
+};
 
-laq_recall_state::laq_recall_state(const laq_cache & laq) :
-    type{ archive_type(checked(laq), laq.k(0), laq.layers[0].n_embd_head_k),
-          archive_type(laq, laq.v(0), laq.layers[0].n_embd_head_v) },
-    archive(archive_layers(laq, type), laq.params.archive_limit,
-            laq.params.archive_folder ? laq.params.archive_folder : "",
-            [](const std::string & what) { LLAMA_LOG_WARN("laq_archive: %s\n", what.c_str()); }),
-    scorer(laq.ctx->get_cparams().n_threads_batch) {
-    // what is decoded ahead takes slots, too
-    const laq_params & p = laq.params;
-    pos.assign(p.n_probe + p.n_lookahead + std::max({ p.n_window, p.n_window_snapkv, p.n_reread }), -1);
-    token.resize(pos.size());
-}
-
-ggml_type laq_recall_state::row_type(const laq_cache & laq, int part) const {
-    const ggml_type in_cache = laq_part_of(laq, 0, part)->type;
-    return type[part] == in_cache ? in_cache : GGML_TYPE_F32;
-}
-
-void laq_recall_state::note(const llama_ubatch & ubatch) {
-    for (uint32_t i = 0; i < ubatch.n_tokens && ubatch.token; ++i) {
-        if (ubatch.seq_id[i][0] == 0) {
-            const size_t slot = ubatch.pos[i] % pos.size();
-            pos[slot]         = ubatch.pos[i];
-            token[slot]       = ubatch.token[i];
+// where all tokens are, and how many of them stay
+void laq_recall_run::begin(bool fits) {
+    const int32_t n = laq.n_tokens(plan.seq_id);
+    columns.set(laq.seqs[plan.seq_id], plan.seq_id, GGML_PAD((int64_t) n, laq_archive::N_BLOCK));
+    candidates.clear();
+    for (int32_t p = 0; p < plan.n_end; ++p) {
+        if (columns.has(p)) {
+            candidates.push_back(p);
         }
     }
-}
+    const uint32_t n_room = laq.n_room(plan.seq_id) - (fits ? n_ahead() : 0);
+    params.n_kv_budget    = std::min({ plan.n_keep, (uint32_t) candidates.size(), n_room });
 
-void laq_recall_state::forget(int32_t p0) {
-    for (int32_t & p : pos) {
-        p = p >= p0 ? -1 : p;
+    scores = { std::vector<float>((size_t) n * laq.store.n_heads), (size_t) n, (uint32_t) observed.size() };
+    choice = { params.n_kv_budget, {}, {} };
+    choice.pos.resize((size_t) choice.n * laq.store.n_heads);
+    choice.cell.resize(choice.pos.size());
+    for (auto & bytes : recalled) {
+        bytes.assign(laq.store.n_heads, {});
     }
 }
 
-std::vector<llama_token> laq_recall_state::tail(const laq_cache & laq, int32_t seq_id, int32_t n_prompt,
-                                                uint32_t n_most) const {
-    const int32_t n = std::min<int32_t>(n_most, pos.size());
+// the attention to all tokens in one layer; false: a block of the archive was lost on the way
+bool laq_recall_run::score_layer(uint32_t ikv) {
+    const laq_layer &      layer   = laq.store.layers[ikv];
+    const laq_columns_part part    = { columns, ikv, 0 };
+    const int64_t          n       = columns.cell.size();
+    laq_compute &          compute = laq.compute;
 
-    int32_t p = n_prompt;
-    while (p > laq.seqs[seq_id].n_intact && n_prompt - p < n && pos[(p - 1) % pos.size()] == p - 1) {
-        --p;
+    compute.begin();
+    laq_score_nodes nodes(compute.ctx(), n, observed.size());
+    laq_graph_score_columns(compute, nodes, plan.seq_id, part, laq.store.cells(plan.seq_id).used_max_p1());
+    compute.alloc("the keys of all tokens of a layer");
+    std::vector<int32_t> pos(n);
+    for (int32_t p = 0; p < (int32_t) n; ++p) {
+        pos[p] = columns.has(p) ? p : INT32_MAX;
     }
-    std::vector<llama_token> res;
-    for (; p < n_prompt; ++p) {
-        res.push_back(token[p % token.size()]);
+    laq_set_observed(nodes.slots, nodes.mask, observed, pos);
+    if (!compute.run(laq.n_threads())) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
     }
-    return res;
+    for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+        ggml_backend_tensor_get(nodes.scores[0], scores.rows.data() + (layer.first_head + h) * scores.n,
+                                h * nodes.scores[0]->nb[1], scores.n * sizeof(float));
+    }
+    return !columns.lost;
 }
 
-uint32_t laq_n_archived(const laq_cache & laq, int32_t seq_id, uint32_t ikv, uint32_t h,
-                        const std::vector<uint32_t> & order) {
-    return std::count_if(order.begin(), order.end(),
-                         [&](uint32_t cell) { return laq.recall->archive.has(laq.pos_at(seq_id, ikv, h, cell)); });
-}
-
-bool laq_holds_archive(const laq_cache & laq, int32_t seq_id, const std::vector<uint32_t> & order) {
-    const size_t n = laq.recall->archive.positions().size();
-    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < laq.layers[ikv].n_head_kv; ++h) {
-            if (laq_n_archived(laq, seq_id, ikv, h, order) < n) {
-                return false;
+void laq_recall_run::choose_layer(uint32_t ikv) {
+    const laq_layer & layer = laq.store.layers[ikv];
+    laq_parallel(layer.n_head_kv, candidates.size(), laq.n_threads(), [&](uint32_t h) {
+        const size_t       head = layer.first_head + h;
+        std::vector<float> s(candidates.size());
+        for (size_t i = 0; i < s.size(); ++i) {
+            s[i] = scores.rows[head * scores.n + candidates[i]];
+        }
+        const laq_head_view         view = { candidates.data(), s.data(), (uint32_t) candidates.size(), plan.n_intact };
+        const std::vector<uint32_t> kept = laq_keep_of_head(params, ikv, h, view, 0);
+        const std::vector<laq_held> held = laq_held_by(laq, plan.seq_id, ikv, h, order);
+        auto                        at   = held.begin();
+        for (uint32_t i = 0; i < choice.n; ++i) {
+            const int32_t pos = candidates[kept[i]];
+            while (at != held.end() && at->pos < pos) {
+                ++at;
             }
+            choice.pos[head * choice.n + i]  = pos;
+            choice.cell[head * choice.n + i] = at != held.end() && at->pos == pos ? at->cell : -1;
+        }
+    });
+}
+
+// the rows of a layer that become resident; false: a block was lost
+bool laq_recall_run::fetch_layer(uint32_t ikv) {
+    const laq_layer & layer = laq.store.layers[ikv];
+    const size_t      first = (size_t) layer.first_head * choice.n;
+    const size_t      last  = first + (size_t) layer.n_head_kv * choice.n;
+    for (int part = 0; part < 2; ++part) {
+        // where each block begins, if one of its rows is wanted
+        std::vector<const uint8_t *>      base(archive.n_blocks());
+        std::vector<std::vector<uint8_t>> from_file(base.size());
+        for (size_t i = first; i < last; ++i) {
+            const uint32_t block = choice.pos[i] / laq_archive::N_BLOCK;
+            if (from_archive(part, choice.pos[i], choice.cell[i]) && !base[block]) {
+                base[block] = archive.part(block, ikv, part, from_file[block]);
+                if (!base[block]) {
+                    return false;
+                }
+            }
+        }
+        const ggml_type type  = laq.store.part(ikv, part, plan.seq_id)->type;
+        const ggml_type there = (ggml_type) archive.type(part);
+        const int64_t   n     = layer.n_embd_head(part);
+        const size_t    n_row = ggml_row_size(there, n);
+        laq_parallel(layer.n_head_kv, choice.n * n, laq.n_threads(), [&](uint32_t h) {
+            std::vector<uint8_t> & bytes = recalled[part][layer.first_head + h];
+            for (size_t i = first + h * choice.n; i < first + (h + 1) * choice.n; ++i) {
+                const int32_t pos = choice.pos[i];
+                if (from_archive(part, pos, choice.cell[i])) {
+                    const uint8_t * src = base[pos / laq_archive::N_BLOCK] +
+                                          ((size_t) h * laq_archive::N_BLOCK + pos % laq_archive::N_BLOCK) * n_row;
+                    bytes.resize(bytes.size() + ggml_row_size(type, n));
+                    laq_convert(there, src, type, bytes.data() + bytes.size() - ggml_row_size(type, n), n);
+                }
+            }
+        });
+    }
+    return true;
+}
+
+// false: a block was lost, and its tokens are no candidates any more
+bool laq_recall_run::run(bool fits) {
+    begin(fits);
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+        if (!score_layer(ikv)) {
+            return false;
+        }
+        choose_layer(ikv);
+        if (!fetch_layer(ikv)) {
+            return false;
         }
     }
     return true;
 }
 
-bool laq_cache::may_recall(int32_t seq_id, laq_recall_when when) const {
-    return recall && seq_id == 0 && params.recall >= when;
-}
+// what the upload needs, before anything changes
+struct upload_room {
+    laq_host_buffer       fetched;  // tensors that the host does not see
+    std::vector<uint32_t> cells;
 
-bool laq_cache::recalls(int32_t seq_id, laq_recall_when when) const {
-    return may_recall(seq_id, when) && recall->archive.n_held() > 0;
-}
-
-//
-// rows of one type as rows of another
-//
-
-void laq_convert(ggml_type from, const uint8_t * src, ggml_type to, uint8_t * dst, int64_t n) {
-    constexpr int64_t N_STEP = 256;  // whole blocks of every type
-
-    if (from == to) {
-        memcpy(dst, src, ggml_row_size(from, n));
-        return;
-    }
-    float values[N_STEP];
-    for (int64_t i = 0; i < n; i += N_STEP) {
-        const int64_t   n_now = std::min(N_STEP, n - i);
-        const uint8_t * s     = src + ggml_row_size(from, i);
-        uint8_t *       d     = dst + ggml_row_size(to, i);
-        if (from == GGML_TYPE_F32) {
-            memcpy(values, s, n_now * sizeof(float));
-        } else {
-            ggml_get_type_traits(from)->to_float(s, values, n_now);
-        }
-        if (to == GGML_TYPE_F32) {
-            memcpy(d, values, n_now * sizeof(float));
-        } else {
-            ggml_get_type_traits(to)->from_float_ref(values, d, n_now);
-        }
-    }
-}
-
-const ggml_tensor * laq_part_of(const laq_cache & laq, uint32_t ikv, int part) {
-    return part == 0 ? laq.k(ikv) : laq.v(ikv);
-}
-
-int64_t laq_n_embd_of(const laq_cache & laq, uint32_t ikv, int part) {
-    return part == 0 ? laq.layers[ikv].n_embd_head_k : laq.layers[ikv].n_embd_head_v;
-}
-
-//
-// to the archive
-//
-
-static void archive_rows(laq_cache & laq, const std::vector<int32_t> & pos, const std::vector<uint32_t> & cells) {
-    laq_recall_state & r     = *laq.recall;
-    const auto [first, last] = std::minmax_element(cells.begin(), cells.end());
-
-    r.archive.open(pos);
-    for (uint32_t ikv = 0; ikv < laq.layers.size(); ++ikv) {
-        for (int part = 0; part < 2; ++part) {
-            const ggml_type     type   = laq_part_of(laq, ikv, part)->type;
-            const int64_t       n      = laq_n_embd_of(laq, ikv, part);
-            const uint32_t      n_head = laq.layers[ikv].n_head_kv;
-            const laq_cell_rows view(laq, ikv, part == 1, *first, *last + 1, r.fetched);
-            // of each head, since what the archive allocated is touched first here, which takes longer than the copy
-            laq_parallel(n_head, cells.size() * n, laq.n_threads(), [&](uint32_t h) {
-                std::vector<uint8_t> turned(view.row_size());
-                for (size_t i = 0; i < cells.size(); ++i) {
-                    laq_convert(type, view.row(h, cells[i], turned.data()), r.type[part],
-                                r.archive.row(pos[i], ikv, part, h), n);
+    upload_room(const laq_context & laq, int32_t seq_id, uint32_t n) {
+        cells.reserve(n);
+        for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
+            for (int part = 0; part < 2; ++part) {
+                const ggml_tensor * t = laq.store.part(ikv, part, seq_id);
+                if (!ggml_backend_buffer_is_host(t->buffer)) {
+                    fetched.get(laq_device_of(t->buffer), ggml_nbytes(t));
                 }
-            });
-            laq.stats.bytes_down += view.n_transferred ? view.n_transferred : n_head * cells.size() * view.row_size();
-        }
-    }
-    r.archive.close(pos);
-}
-
-void laq_archive_leaving(laq_cache & laq, const laq_eviction & e, const std::vector<uint32_t> & order) {
-    constexpr size_t N_STEP = 1024;  // tokens that are in host memory at least, whatever the limit
-
-    laq_archive &        archive = laq.recall->archive;
-    const int32_t        begin   = laq.seqs[e.seq_id].n_intact;
-    const int32_t        end     = std::min(e.n_intact, e.n_end);
-    std::vector<int32_t> pos;
-    for (size_t i = 0; i < order.size();) {
-        std::vector<uint32_t> cells;
-        for (pos.clear(); i < order.size() && pos.size() < N_STEP; ++i) {
-            const int32_t p = laq.cells().pos_get(order[i]);
-            if (p >= begin && p < end && !archive.has(p)) {
-                pos.push_back(p);
-                cells.push_back(order[i]);
             }
         }
-        if (pos.empty()) {
-            continue;
+    }
+};
+
+// the rows go to the cells that were prepared for them
+static void upload(laq_context & laq, const laq_recall_run & run, const std::vector<uint32_t> & dst,
+                   upload_room & room) {
+    for (uint32_t ikv = 0; ikv < laq.store.layers.size() && !dst.empty(); ++ikv) {
+        for (int part = 0; part < 2; ++part) {
+            ggml_tensor * t = laq.store.part(ikv, part, run.plan.seq_id);
+            laq_cell_rows rows(t, laq.store.lanes(ikv, part), 0, dst.back() + 1, room.fetched);
+            uint64_t      n_bytes = 0;
+            for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
+                const size_t head = laq.store.layers[ikv].first_head + h;
+                room.cells.clear();
+                for (uint32_t i = 0; i < run.choice.n; ++i) {
+                    const size_t at = head * run.choice.n + i;
+                    if (run.from_archive(part, run.choice.pos[at], run.choice.cell[at])) {
+                        room.cells.push_back(dst[i]);
+                    }
+                }
+                rows.set(h, room.cells, run.recalled[part][head].data());
+                n_bytes += run.recalled[part][head].size();
+                laq.stats.n_recalled += part == 0 ? room.cells.size() : 0;
+            }
+            if (n_bytes > 0) {
+                rows.write();
+                laq.stats.bytes_up += rows.n_transferred ? rows.n_transferred : n_bytes;
+            }
         }
-        try {
-            archive_rows(laq, pos, cells);
-        } catch (const std::bad_alloc &) {
-            archive.n_lost += pos.size() * archive.rows_of_token();
-            LLAMA_LOG_WARN("%s: %zu tokens are lost: no host memory; set kv_recall_limit\n", __func__, pos.size());
+    }
+}
+
+// false = nothing was done: no query observes, or cells are shared
+static bool recall(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order) {
+    const std::vector<laq_observed> observed = laq.observed(plan.seq_id, plan.queries, plan.by_probe);
+    const std::vector<uint8_t>      own      = laq.store.owned(plan.seq_id, order);
+    if (std::find(own.begin(), own.end(), 0) != own.end()) {
+        LLAMA_LOG_WARN("%s: cells are shared with another sequence (llama_memory_seq_cp): nothing is recalled\n",
+                       __func__);
+        return false;
+    }
+    if (observed.empty()) {
+        return false;
+    }
+    const int64_t t0  = ggml_time_us();
+    laq_seq &     seq = laq.seqs[plan.seq_id];
+
+    std::vector<laq_observed> fitted;
+    if (laq_policy_fits(laq.params)) {
+        fitted = laq_fitted_to(observed, true);
+    }
+    laq_recall_run run(laq, plan, order, observed);
+    for (uint32_t n_lost = 0; !run.run(!fitted.empty());) {
+        if (++n_lost > run.columns.cell.size()) {
+            throw laq_error(LAQ_STATUS_INTERNAL, "a recall found no rows of a token that is archived");
         }
+    }
+    if (run.choice.n == run.candidates.size()) {
+        fitted.clear();  // all tokens stay: there is nothing to make up for
+    }
+    upload_room room(laq, plan.seq_id, run.choice.n);
+    laq_choice  choice = run.choice;
+    if (!fitted.empty()) {
+        laq_choose_ahead(laq, plan, order, choice);
+    }
+    laq_keep_scores(laq, run.scores);
+    const std::vector<uint32_t> dst = laq_settle(laq, plan, order, own, choice);
+    // nothing fails from here on
+    upload(laq, run, dst, room);
+    seq.evicted(plan.n_intact, plan.n_end, false, true);
+    seq.fitted = !fitted.empty();
+    laq.stats.ms_recall += (ggml_time_us() - t0) / 1000.0;
+    laq_fit(laq, plan, fitted, dst);
+    ++laq.stats.n_recalls;
+    ++laq.stats.n_evictions;
+    return true;
+}
+
+void laq_carry_out(laq_context & laq, const laq_plan & plan) {
+    laq.ctx->synchronize();  // K and V are read and moved by other ways than the stream that writes them
+    const std::vector<uint32_t> order = laq.store.resident(plan.seq_id);
+    laq_archive_evicted(laq, plan, order);
+    if (plan.recall && recall(laq, plan, order)) {
+        return;
+    }
+    const llama_kv_cells & table = laq.store.cells(plan.seq_id);
+    const uint32_t         n =
+        std::count_if(order.begin(), order.end(), [&](uint32_t cell) { return table.pos_get(cell) < plan.n_end; });
+    if (!plan.recall || n > plan.n_keep) {
+        laq_evict(laq, plan);
     }
 }

@@ -1,8 +1,8 @@
-// The cases of GGML_OP_LAQ_SCORE for test-backend-ops.cpp, which includes this in the middle of itself.
+// The cases of LAQ_SCORE for test-backend-ops.cpp, which includes this in the middle of itself.
 
 #include "laq-score.h"
 
-// GGML_OP_LAQ_SCORE
+// Its nodes are of GGML_OP_CUSTOM: -o LAQ_SCORE selects the cases by this name.
 struct test_laq_score : public test_case {
     const ggml_type type_k;
     const int64_t   hs;  // head size
@@ -13,6 +13,20 @@ struct test_laq_score : public test_case {
     const bool      mask;
     const bool      sinks;
     const float     softcap;
+
+    ggml_tensor * result = nullptr;
+
+    std::string op_desc(ggml_tensor * t) override { return ggml_laq_is_score(t) ? "LAQ_SCORE" : ggml_op_desc(t); }
+
+    // The first node's result is the CPU's own: what is compared is the second one's, and that nothing else was written.
+    // `perf` repeats the second node alone: on a CPU that is half of the op.
+    bool run_whole_graph() override { return true; }
+
+    std::vector<ggml_tensor *> fusion_test_nodes() override {
+        std::vector<ggml_tensor *> nodes = sentinels;
+        nodes.push_back(result);
+        return nodes;
+    }
 
     std::string vars() override { return VARS_TO_STR9(type_k, hs, n_head_kv, group, n_q, kv, mask, sinks, softcap); }
 
@@ -51,10 +65,10 @@ struct test_laq_score : public test_case {
         }
         const float scale = 1.0f / sqrtf((float) hs);
 
-        ggml_tensor * out = ggml_laq_score(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, m, s, scale, softcap);
-        ggml_set_name(out, "out");
+        result = ggml_laq_score(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, m, s, scale, softcap);
+        ggml_set_name(result, "out");
 
-        return out;
+        return result;
     }
 
     // causal, with a few biases and cells that no query sees

@@ -193,6 +193,10 @@ static void test_random_score() {
     CHECK(laq_random_score(1, 2, 3, 4) != laq_random_score(1, 2, 3, 5));
 }
 
+static indices select_head(const laq_params & params, const laq_head_view & view) {
+    return laq_select_keys(params, 0, 0, view, laq_pinned(params, view).data());
+}
+
 static void test_select_head() {
     // positions with the gaps of an earlier eviction; 1 sink, kept whole from 9 on
     const std::vector<int32_t> pos = { 0, 2, 3, 7, 8, 9 };
@@ -207,28 +211,28 @@ static void test_select_head() {
     params.n_kernel   = 3;
     // pooled 4 4 4 2 2 0: the sink, 9, then the two 4 at positions 2 and 3
     CHECK((laq_rank(params, 0, 0, view, pinned.data()) == floats{ 4, 4, 4, 2, 2, 0 }));
-    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 2, 5 }));
+    CHECK((select_head(params, view) == indices{ 0, 1, 2, 5 }));
     // a span of the user, one past the end is free
     const laq_span span = { 7, 8 };
     params.pinned       = &span;
     params.n_pinned     = 1;
-    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+    CHECK((select_head(params, view) == indices{ 0, 1, 3, 5 }));
     params.n_pinned = 0;
     params.pooling  = LAQ_POOLING_NONE;
-    CHECK((laq_select_head(params, 0, 0, view) == indices{ 0, 1, 3, 5 }));
+    CHECK((select_head(params, view) == indices{ 0, 1, 3, 5 }));
     // two cells for the best, at 2 and 7, one for 3, which follows 2; snapkv does not look ahead
     const floats        copied = { 9, 4, 1, 3, 2, 8 };
     const laq_head_view copy   = { pos.data(), copied.data(), 6, 9 };
     params.n_follow            = 1;
     params.n_kv_budget         = 5;
-    CHECK((laq_select_head(params, 0, 0, copy) == indices{ 0, 1, 2, 3, 5 }));
+    CHECK((select_head(params, copy) == indices{ 0, 1, 2, 3, 5 }));
     params.policy          = LAQ_POLICY_SNAPKV;
     params.n_window_snapkv = 1;
-    CHECK((laq_select_head(params, 0, 0, copy) == indices{ 0, 1, 3, 4, 5 }));
+    CHECK((select_head(params, copy) == indices{ 0, 1, 3, 4, 5 }));
     params.n_kv_budget = 4;
 
     params.policy = LAQ_POLICY_STREAMING;
-    CHECK((laq_select_head(params, 0, 0, blind) == indices{ 0, 3, 4, 5 }));
+    CHECK((select_head(params, blind) == indices{ 0, 3, 4, 5 }));
     // random ranks by layer and head, and is not pooled
     params.policy       = LAQ_POLICY_RANDOM;
     params.pooling      = LAQ_POOLING_MAX;
@@ -239,7 +243,7 @@ static void test_select_head() {
     }
     // within the budget all stay
     params.n_kv_budget = 6;
-    CHECK(laq_select_head(params, 0, 0, blind).size() == 6);
+    CHECK(select_head(params, blind).size() == 6);
 }
 
 static bool queries_are(laq_policy policy, int32_t n_prompt, int32_t first, int32_t last) {
@@ -292,30 +296,6 @@ static void test_n_pinned() {
     CHECK(laq_policy_n_pinned(params) == 4 + 20 + 8 + 8);
 }
 
-static void test_reread() {
-    // a quarter of the budget, n_reread, what is not pinned
-    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 64);
-    params.n_reread   = 100;
-    CHECK(laq_policy_reread(params) == 16);
-    params.n_kv_budget = 1000;
-    CHECK(laq_policy_reread(params) == 100);
-    const laq_span spans[] = { { 10, 980 } };
-    params.pinned          = spans;
-    params.n_pinned        = 1;
-    CHECK(laq_policy_reread(params) == 1000 - 970 - 4 - 8);
-    params.n_kv_budget = 900;
-    CHECK(laq_policy_reread(params) == 0);
-}
-
-static void test_message() {
-    // SnapKV's window of what is read again
-    const laq_params      params = make_params(LAQ_POLICY_LAQ_PP, 64);
-    const laq_query_range last   = laq_policy_message(params, 100, 200);
-    CHECK(last.first == 200 - (int32_t) params.n_window_snapkv && last.last == 200);
-    const laq_query_range all = laq_policy_message(params, 195, 200);
-    CHECK(all.first == 195 && all.last == 200);
-}
-
 static bool plan_is(const laq_params & params, uint32_t n_cells, uint32_t n_resident, uint32_t n_left, laq_chunk want) {
     const laq_chunk got = laq_plan_chunk(&params, n_cells, n_resident, n_resident, n_left, 512);
     return got.n_tokens == want.n_tokens && got.n_evict == want.n_evict && got.n_probe == want.n_probe;
@@ -337,15 +317,15 @@ static void test_room() {
     CHECK(laq_policy_room(params) == 0);
 }
 
-static void test_draft() {
+static void test_beside_ahead() {
     laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
-    CHECK(laq_policy_draft(params, 1024) == 1024 - params.n_lookahead);
-    CHECK(laq_policy_draft(params, 512) == 512 - params.n_lookahead);
-    CHECK(laq_policy_draft(params, 256) == 256);  // never less than what stays
-    params.policy = LAQ_POLICY_SNAPKV;            // looks at nothing ahead
-    CHECK(laq_policy_draft(params, 512) == 512);
+    CHECK(laq_policy_beside_ahead(params, 1024) == 1024 - params.n_lookahead);
+    CHECK(laq_policy_beside_ahead(params, 512) == 512 - params.n_lookahead);
+    CHECK(laq_policy_beside_ahead(params, 256) == 256);  // never less than what stays
+    params.policy = LAQ_POLICY_SNAPKV;                   // looks at nothing ahead
+    CHECK(laq_policy_beside_ahead(params, 512) == 512);
     params.n_kv_budget = UINT32_MAX;
-    CHECK(laq_policy_draft(params, 1024) == UINT32_MAX);
+    CHECK(laq_policy_beside_ahead(params, 1024) == UINT32_MAX);
 }
 
 static void test_plan_chunk() {
@@ -379,6 +359,27 @@ static void test_plan_chunk() {
     CHECK(plan_is(make_params(LAQ_POLICY_FULL, 256), 768, 700, 5000, { 68, 0, 0 }));
 }
 
+static laq_chunk attending(const laq_params & params, uint32_t n_resident, uint32_t n_left, bool evicted) {
+    return laq_plan_attending(params, { 768, n_resident, n_resident, n_left, 512, 128, evicted });
+}
+
+static void test_plan_attending() {
+    laq_params params = make_params(LAQ_POLICY_LAQ_PP, 256);
+    params.n_chunk    = 256;
+    // before anything is evicted a batch is as large as it may be
+    CHECK(attending(params, 0, 700, false).n_tokens == 512 && attending(params, 0, 700, false).n_evict == 0);
+    // one eviction goes down to the budget, and then so many tokens attend at once
+    CHECK(attending(params, 700, 2000, false).n_evict == 700 - 256);
+    CHECK(attending(params, 700, 2000, false).n_tokens == 128);
+    CHECK(attending(params, 300, 2000, true).n_tokens == 128 && attending(params, 300, 2000, true).n_evict == 0);
+    // two halves at the end
+    CHECK(attending(params, 300, 200, true).n_tokens == 100);
+    CHECK(attending(params, 300, 128, true).n_tokens == 128);
+    // the lookahead from the end finds cells
+    CHECK(attending(params, 700, 60, true).n_tokens == 60);
+    CHECK(attending(params, 701, 60, true).n_evict > 0);
+}
+
 int main() {
     test_plan_chunk();
     test_pool();
@@ -390,10 +391,9 @@ int main() {
     test_select_head();
     test_queries();
     test_n_pinned();
-    test_reread();
-    test_message();
     test_room();
-    test_draft();
+    test_beside_ahead();
+    test_plan_attending();
     if (n_failed > 0) {
         std::fprintf(stderr, "%d checks failed\n", n_failed);
     }

@@ -87,9 +87,9 @@ class NumpyLlama:
         n = len(ids)
         positions = np.arange(cache.n_tokens, cache.n_tokens + n, dtype=np.int32)
         x = self.tensors["token_embd.weight"][ids]
-        made = []
+        made, rows = [], cache.visible()
         for il in range(cache.n_layer):
-            seen, old_k, old_v = cache.visible(il, n)
+            seen, old_k, old_v = rows[il].positions, rows[il].k, rows[il].v
             h = _norm(x, self._weight("attn_norm", il), self.eps)
             q, k, v = ((h @ self._weight(f"attn_{c}", il).T).reshape(n, -1, self.d) for c in "qkv")
             q, k = _rope(q, positions, self.base), _rope(k, positions, self.base)

@@ -28,6 +28,7 @@ from laq_gguf.reference import (
 )
 from parity.numpy_llama import NumpyLlama
 from parity.rows import ggml_type
+from reference.made import keep
 from tolerances import RING_NMSE, SCORE_NMSE, assert_equal, assert_nmse, logits_nmse
 
 N_PROMPT, N_SECOND = 300, 120
@@ -52,13 +53,13 @@ class Inspector:
     def layer(self, ikv: int) -> Any:
         info = self.ffi.new("struct laq_layer_info *")
         info.size = self.ffi.sizeof("struct laq_layer_info")
-        self._check("laq_get_layer_info", self.lib.laq_get_layer_info(self.laq, ikv, info))
+        self._check("laq_get_layer_info", self.lib.laq_get_layer_info(self.laq, 0, ikv, info))
         return info
 
     def _read(self, function: str, ikv: int, dst: npt.NDArray[np.float32], *before: Any) -> None:
         pointer = self.ffi.from_buffer("float[]", dst, require_writable=True)
         call = getattr(self.lib, function)
-        self._check(function, call(self.laq, ikv, *before, pointer, dst.size))
+        self._check(function, call(self.laq, 0, ikv, *before, pointer, dst.size))
 
     def queries(self, ikv: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Positions (n_queries,), queries (n_queries, n_head, d), oldest first."""
@@ -199,8 +200,8 @@ def check_queries(case, before: Snapshot, model_cache: KVCache) -> None:
     """The ring holds the model's queries. A quantized K rotates them: then their norms agree."""
     tolerance = max(logits_nmse(case.type_k, case.type_v, case.flash_attn), RING_NMSE)
     for il, where in enumerate(before.query_positions):
-        rows = np.searchsorted(model_cache.query_positions, where)
-        actual, expected = before.queries[il], model_cache.queries[il, rows]
+        rows = np.searchsorted(model_cache.queries.positions, where)
+        actual, expected = before.queries[il], model_cache.queries.values[il, rows]
         norms = (np.linalg.norm(actual, axis=-1), np.linalg.norm(expected, axis=-1))
         assert_nmse(*norms, tolerance, f"norms of the queries of layer {il}")
         if case.type_k not in cases.BLOCK_TYPES:
@@ -238,7 +239,7 @@ def evict(case, llm, inspector, params, prompt, ahead, model, model_cache) -> No
         check_scores(case, inspector, before, query_range(params, n_prompt, llm.n_tokens))
     check_selection(params, inspector, before, n_intact)
     used = query_range(params, n_prompt, llm.n_tokens)
-    model_cache.keep_fitted(llm.kept_positions(), n_intact, params, used)
+    keep(model_cache, llm.kept_positions(), n_intact, (params, used))
 
 
 @pytest.mark.parametrize("case", cases.EVICT_CASES, ids=str)
@@ -335,7 +336,7 @@ def test_removal_inside_the_intact_suffix(native, tiny_model, n_left) -> None:
         llm.eval(prompt)
         model.forward(prompt, model_cache)
         n_intact = N_PROMPT - PARAMS["window_size"]
-        model_cache.keep(llm.kept_positions(), n_intact)
+        keep(model_cache, llm.kept_positions(), n_intact, (model_cache.params, (0, 0)))
         memory = llama_cpp.llama_get_memory(llm.ctx)
         assert not llama_cpp.llama_memory_seq_rm(memory, 0, n_intact - 1, -1)
         first = n_intact + n_left

@@ -15,7 +15,14 @@ import pytest
 from laq_gguf._lib import Native
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "native" / "include" / "laq.h"
+INCLUDE = ROOT / "native" / "include"
+HEADERS = ("laq.h", "laq-test.h")
+
+
+def header_text() -> str:
+    """Both headers of ours, without comments."""
+    text = "\n".join((INCLUDE / name).read_text(encoding="utf-8") for name in HEADERS)
+    return re.sub(r"//[^\n]*", "", text)
 
 
 def compile_and_run(source: str, folder: Path, *includes: Path) -> list[str]:
@@ -41,8 +48,7 @@ def layout_source(include: str, structs: dict[str, list[str]]) -> str:
 
 
 def test_laq_structs_have_the_layout_of_c(native: Native, tmp_path: Path) -> None:
-    text = HEADER.read_text(encoding="utf-8")
-    names = re.findall(r"^struct (laq_\w+) \{", text, re.MULTILINE)
+    names = re.findall(r"^struct (laq_\w+) \{", header_text(), re.MULTILINE)
     types = {name: native.ffi.typeof(f"struct {name}") for name in names}
     assert {"laq_params", "laq_stats", "laq_span"} <= set(names)
     structs = {name: [field for field, _ in t.fields] for name, t in types.items()}
@@ -50,7 +56,7 @@ def test_laq_structs_have_the_layout_of_c(native: Native, tmp_path: Path) -> Non
     for name, fields in structs.items():
         expected.append(native.ffi.sizeof(types[name]))
         expected += [native.ffi.offsetof(types[name], field) for field in fields]
-    got = compile_and_run(layout_source("laq.h", structs), tmp_path, HEADER.parent)
+    got = compile_and_run(layout_source("laq-test.h", structs), tmp_path, INCLUDE)
     assert [int(word) for word in got] == expected
 
 
@@ -93,9 +99,8 @@ for params in (l.llama_context_default_params(), l.llama_model_default_params())
     assert len(ours) == 2 and ours == plain
 
 
-def test_every_function_of_laq_h_is_exported(native: Native) -> None:
-    text = re.sub(r"//[^\n]*", "", HEADER.read_text(encoding="utf-8"))
-    names = set(re.findall(r"\b(laq_\w+)\s*\(", text))
+def test_every_function_of_our_headers_is_exported(native: Native) -> None:
+    names = set(re.findall(r"\b(laq_\w+)\s*\(", header_text()))
     assert {"laq_attach", "laq_detach", "laq_prompt_end", "laq_kept_positions"} <= names
     library = ctypes.CDLL(str(native.path))
     assert [name for name in sorted(names) if not hasattr(library, name)] == []
@@ -111,8 +116,8 @@ def test_nothing_else_with_our_prefix_is_exported(native: Native) -> None:
     if done.returncode != 0:
         pytest.skip(f"nm cannot read the library: {done.stderr.strip()}")
     exported = set(re.findall(r" T (laq_\w+)$", done.stdout, re.MULTILINE))
-    text = HEADER.read_text(encoding="utf-8")
-    assert exported == {name for name in re.findall(r"\b(laq_\w+)\s*\(", text) if name in exported}
+    declared = set(re.findall(r"\b(laq_\w+)\s*\(", header_text()))
+    assert exported <= declared
     assert "laq_attach" in exported
 
 
@@ -136,14 +141,14 @@ def test_status_codes_are_the_ones_python_maps(native: Native) -> None:
 
 
 def test_choices_are_the_values_of_the_enums(native: Native) -> None:
-    from laq_gguf import config
+    from laq_gguf import config, recall
 
     enums = {
-        "policy": config.POLICIES, "lookahead": config.LOOKAHEADS, "draft": config.DRAFTS,
-        "pooling": config.POOLINGS, "score_kernel": config.SCORE_KERNELS,
+        "policy": config.POLICIES, "lookahead": config.LOOKAHEADS, "pooling": config.POOLINGS,
+        "recall_when": recall.RECALLS,
     }  # fmt: skip
     for enum, choices in enums.items():
-        prefix = f"LAQ_{enum.upper()}_"
+        prefix = f"LAQ_{enum.removesuffix('_when').upper()}_"
         values = {
             name.removeprefix(prefix).replace("LAQ_PP", "LAQ++").lower(): value
             for value, name in native.ffi.typeof(f"enum laq_{enum}").elements.items()

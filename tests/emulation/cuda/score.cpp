@@ -1,4 +1,4 @@
-// The kernels of GGML_OP_LAQ_SCORE for ggml-cuda, run on the emulator.
+// The kernels of LAQ_SCORE for ggml-cuda, run on the emulator.
 
 #include "device.h"
 

@@ -5,7 +5,8 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
-#include "laq-score-metal.h"
+#include "laq-metal.h"
+#include "laq-score-impl.h"
 
 #include <cstdio>
 #include <cstring>
@@ -119,6 +120,15 @@ const char * ggml_type_name(ggml_type type) {
     }
 }
 
+// the node that emulate() makes; the first one of the op is not needed here
+bool ggml_laq_is_score(const ggml_tensor * node) {
+    return node->op == GGML_OP_CUSTOM;
+}
+
+bool ggml_laq_is_score_work(const ggml_tensor *) {
+    return false;
+}
+
 //
 // what Python calls
 //
@@ -222,19 +232,20 @@ static int emulate(const score_args & a, float * dst) {
     op.src[2] = a.mask ? &tm : nullptr;
     op.src[3] = a.sinks ? &ts : nullptr;
 
-    const float op_params[2] = { a.scale, a.softcap };
-    memcpy(op.op_params, op_params, sizeof(op_params));
+    op.op = GGML_OP_CUSTOM;
+    ggml_set_op_params_f32(&op, GGML_LAQ_SCORE_PARAMS, a.scale);
+    ggml_set_op_params_f32(&op, GGML_LAQ_SCORE_PARAMS + 1, a.softcap);
 
     ggml_metal_device_props props    = {};
     props.has_simdgroup_mm           = true;
     props.has_simdgroup_reduction    = true;
     props.max_theadgroup_memory_size = a.max_smem;
-    if (!ggml_metal_laq_score_supported(&op, &props)) {
+    if (!ggml_metal_laq_supported(&op, &props)) {
         return 1;
     }
 
     // NaNs: what is read must have been written
-    const size_t      n_bytes = ggml_nbytes(&op) + ggml_metal_laq_score_extra(&op);
+    const size_t      n_bytes = ggml_nbytes(&op) + ggml_metal_laq_extra(&op);
     std::vector<char> fill(n_bytes, (char) 0xff);
     const guarded     memory(fill.data(), (n_bytes + 63) / 64 * 64);
     op.data = memory.data;
@@ -242,7 +253,7 @@ static int emulate(const score_args & a, float * dst) {
     ggml_metal_library lib;
     ggml_metal_encoder enc;
     enc.seed = a.seed;
-    ggml_metal_laq_score_encode(&lib, &enc, &op);
+    ggml_metal_laq_encode(&lib, &enc, &op);
     memcpy(dst, op.data, ggml_nbytes(&op));
     return 0;
 }

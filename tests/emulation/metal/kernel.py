@@ -75,7 +75,10 @@ def load(edit: tuple[str, str] | None = None, types: Sequence[str] = cases.K_TYP
     return build(
         [HERE / "kernels.cpp", Path(HOST.name)],
         fixed=[HERE / "harness.cpp"],
-        read=[HERE / "metal_stdlib", HERE / "kernels.h", GGML / "laq-score-metal.h"],
+        read=[
+            *(HERE / name for name in ("metal_stdlib", "kernels.h")),
+            *(GGML / name for name in ("laq-metal.h", "laq-score.h", "laq-score-impl.h")),
+        ],
         texts=texts,
         flags=[
             "-Wno-attributes",
