@@ -6,58 +6,24 @@ file and the native code together.
 
 The method is Lookahead Q-Cache (arXiv 2505.20334) with the differences that README.md names: one
 selection per KV head instead of one per query head, each local query masked at its own position,
-and sinks, a recent window and user spans that always stay.
+and sinks, a recent window and user spans that always stay. Read attention (scores), select (which
+keys stay) and values (their fit), cells and seq (what a sequence holds and does), then evict (one
+eviction or recall), plan (one chunk of a prompt) and cache (when what is done).
 """
 
-from .attention import (
-    POOLINGS,
-    attention_scores,
-    attention_weights,
-    causal_mask,
-    pool_scores,
-)
+# ruff: noqa: F401 - these are its names
+
+from .attention import POOLINGS, attention_scores, attention_weights, causal_mask, pool_scores
 from .cache import KVCache
-from .cells import Tokens
-from .plan import ChunkPlan, default_chunk, plan_chunk
-from .recall import RecallCache
+from .cells import Layer, Tokens
+from .plan import ChunkPlan, default_chunk, plan_attending, plan_chunk
 from .select import (
     POLICIES,
     PolicyParams,
-    copies,
-    follow_scores,
-    pinned_mask,
+    Span,
     query_range,
     random_scores,
-    rank_scores,
-    select,
     select_head,
     select_keys,
 )
 from .values import attention_outputs, fit_values
-
-__all__ = [
-    "POLICIES",
-    "POOLINGS",
-    "ChunkPlan",
-    "KVCache",
-    "PolicyParams",
-    "RecallCache",
-    "Tokens",
-    "attention_outputs",
-    "attention_scores",
-    "attention_weights",
-    "causal_mask",
-    "copies",
-    "default_chunk",
-    "fit_values",
-    "follow_scores",
-    "pinned_mask",
-    "plan_chunk",
-    "pool_scores",
-    "query_range",
-    "random_scores",
-    "rank_scores",
-    "select",
-    "select_head",
-    "select_keys",
-]

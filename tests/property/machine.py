@@ -18,6 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from laq_gguf.errors import LaqArgumentError, LaqContextFullError, LaqError, LaqStateError
 from property.mirror import Mirror
 from property.setups import Setup
+from reference.saved import snapshot
 
 few = st.integers(1, 12)
 names = st.sampled_from(["a", "b"])
@@ -38,7 +39,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        os.environ["LAQ_COMPACT"] = self.setup.compaction  # restored by `machines`
+        # restored by `machines`
+        os.environ["LAQ_COMPACT"] = self.setup.compaction
+        os.environ["LAQ_CELLS"] = "device" if self.setup.on_device else "host"
         self.llm = self.setup.open(self.path)
         assert self.llm.kv_stats().compaction == self.setup.compaction
         self.mirror = Mirror(
@@ -48,6 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.setup.params,
             self.setup.tolerance,
             self.setup.recall,
+            self.setup.on_device,
         )
         self.cache, self.rng = self.mirror.cache, np.random.default_rng(0)
         self.has_gap = False
@@ -193,7 +197,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(target=states)
     def save(self) -> Any:
-        state = self.llm.save_state(), self.cache.snapshot()
+        state = self.llm.save_state(), snapshot(self.cache)
         self.mirror.check()
         return state
 
@@ -207,14 +211,14 @@ class CacheMachine(RuleBasedStateMachine):
         path = next(self.file_names)
         self.llm.save_session(path)
         self.mirror.check()
-        return path, self.cache.snapshot()
+        return path, snapshot(self.cache)
 
     @rule(target=sessions)
     def save_session_without_archive(self) -> Any:
         path = next(self.file_names)
         self.llm.save_session(path, archive=False)
         self.mirror.check()
-        return path, self.cache.snapshot(archive=False)
+        return path, snapshot(self.cache, archive=False)
 
     @rule(session=sessions)
     def load_session(self, session: Any) -> None:
@@ -298,8 +302,8 @@ class CacheMachine(RuleBasedStateMachine):
             lambda: lib.laq_prompt_next(laq, 0, ints, 4, null),
             lambda: lib.laq_set_pinned(laq, 0, null, 1),
             lambda: lib.laq_kept_positions(laq, 0, ints, 3),
-            lambda: lib.laq_get_keys(laq, 0, floats, 3),
-            lambda: lib.laq_get_queries(laq, 0, ints, floats, 3),
+            lambda: lib.laq_get_keys(laq, 0, 0, floats, 3),
+            lambda: lib.laq_get_queries(laq, 0, 0, ints, floats, 3),
             lambda: lib.laq_get_scores(laq, 0, 99, floats, 4, n),
             lambda: lib.laq_get_stats(laq, 0, null),
         )[i]

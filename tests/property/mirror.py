@@ -17,20 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from laq_gguf.reference import PolicyParams, Tokens
-from laq_gguf.reference.plan import n_always
+from laq_gguf.reference.plan import N_ATTEND, REREAD
 from parity.numpy_llama import NumpyLlama
 from parity.test_evict import Inspector
-from property.native_cache import NativeCache, Rows
+from property.native_cache import NativeCache, Rows, n_always, n_captured
+from reference.saved import restore, snapshot
 from tolerances import VALUE_NMSE, assert_equal, assert_nmse
 
 EOS = 2  # of the tiny models
 FloatArray = npt.NDArray[np.float32]
 
 #: counters that the model has as well
-COUNTED = (
-    "n_tokens", "n_resident", "n_intact", "pending", "n_evictions",
-    "n_recalls", "n_recalls_skipped", "n_lost",
-)  # fmt: skip
+COUNTED = ("n_tokens", "n_resident", "n_intact", "pending", "n_evictions", "n_recalls", "n_lost")
 #: counters that stay what they were when the context was made
 CONSTANT = ("n_cells", "n_ctx", "kv_bytes", "kv_bytes_full", "ring_bytes", "compute_bytes")
 
@@ -54,51 +52,40 @@ class Mirror:
         params: PolicyParams,
         tolerance: float | None,
         recall: str | None = None,
+        on_device: bool = False,
     ) -> None:
         """
         Args:
-            llm: a Llama with kv_budget, made with LAQ_DEBUG set, just made.
-            native: the library.
-            path: of its model.
+            llm: a Llama with kv_budget, made with LAQ_DEBUG set, just made; path: of its model.
             params: the same settings for the reference.
             tolerance: NMSE of keys, queries, logits and scores; None: K is stored in blocks, which
                 the model in numpy knows nothing of, and only compared with itself.
-            recall: when the Llama chooses again from its archive, in the cache's own type; None:
-                it has none.
+            recall: of the Llama, whose archive has the cache's own type; None: it has none.
+            on_device: it treats its cells as those of a device.
         """
         self.llm, self.model, self.tolerance = llm, numpy_llama(path), tolerance
         self.inspector, self.eos = Inspector(llm, native), EOS
-        self.newline = max(0, llm._model.token_nl())
         self.cache = NativeCache(
             params,
-            max(params.window_size, params.snapkv_window) + params.lookahead_size,
+            n_captured(params),
             n_cells=llm.kv_stats().n_cells,
             n_batch=llm.n_batch,
             recall=recall,
-            recall_rounds=llm.recall_config.recall_rounds,
-            n_reread=llm.recall_config.reread_size,
-            reads_archive=llm.recall_config.recall_read != "cells",
-            ahead_from_cells=llm.recall_config.recall_read == "prompt",
+            ahead_from_cells=on_device,
+            n_attend=llm.context_params.n_ubatch if on_device else N_ATTEND,
             **self.model.shape,
         )
         self.rows = Rows(llm, native)
         # what native remembers of the last tokens decoded, by position: one for each slot
         self.tokens: dict[int, int] = {}
-        n_again = max(params.window_size, params.snapkv_window, llm.recall_config.reread_size)
-        self.n_slots = params.probe_size + params.lookahead_size + n_again
+        self.n_slots = REREAD + params.lookahead_size
         self.before = self.after = self.first = llm.kv_stats()
         self.logits: npt.NDArray[np.float64] | None = None
         self.n_decoded, self.n_reread, self.refused = 0, 0, False
         self._call = {}
-        for owner, name in (
-            (llm._ctx, "decode"),
-            (llm._ctx, "kv_cache_seq_rm"),
-            (llm._ctx, "kv_cache_clear"),
-            (llm._laq, "prompt_next"),
-            (llm._laq, "prompt_end"),
-            (llm._laq, "flush"),
-            (llm._laq, "set_pinned"),
-        ):
+        of_ctx = {"decode", "kv_cache_seq_rm", "kv_cache_clear"}
+        for name in (*sorted(of_ctx), "prompt_next", "prompt_end", "flush", "set_pinned"):
+            owner = llm._ctx if name in of_ctx else llm._laq
             self._call[name] = getattr(owner, name)
             setattr(owner, name, getattr(self, name))
 
@@ -118,7 +105,6 @@ class Mirror:
             for i in range(self.before.n_evictions, self.after.n_evictions)
         ]
         self.cache.tolerance = self.tolerance
-        self.cache.skips = self.after.n_recalls_skipped > self.before.n_recalls_skipped
         try:
             model(result)
         except ValueError as raised:
@@ -158,87 +144,64 @@ class Mirror:
         def model(n_chunk: int | None) -> None:
             if len(tokens) == 0 or self.cache.n_tokens + len(tokens) > self.first.n_ctx:
                 raise ValueError("no tokens, or too many")
-            n_again = self._before_chunk()
+            phase, n_again = self.cache.phase, 0
             try:
+                n_again = self._read_answer_again()
                 self._read_on(tokens, n_chunk)
+            except ValueError:
+                self.cache.phase = phase
+                raise
             finally:
                 self._adopt(n_again)
 
         return self._both(lambda: self._call["prompt_next"](tokens), model)
 
-    def _before_chunk(self) -> int:
+    def _read_answer_again(self) -> int:
         """Last tokens that were read again, not adopted yet."""
-        answer = self._tail(self.cache.attend())
-        if answer:
-            self._decode_again(answer)
-        self.cache.answer_read()
-        part = [] if self.cache.attending else self._tail(self.cache.part_again())
-        if part and self.cache.choose_for_part(len(part)):
-            self._decode_again(part)
-        return len(answer) + len(part)
+        tail = self._tail(self.cache.prompt_next())
+        if tail:
+            self.cache.take_back(len(tail))
+            self._note(tail)
+            for i in range(0, len(tail), self.cache.n_attend):
+                piece = tail[i : i + self.cache.n_attend]
+                self.logits = self.model.forward(piece, self.cache)
+            self.n_decoded += len(tail)
+            self.n_reread += len(tail)
+        return len(tail)
 
     def _read_on(self, tokens: npt.NDArray[np.int32], n_chunk: int | None) -> None:
         cache, n_left = self.cache, len(tokens)
-        plan, attending = cache.plan(n_left), cache.attending
+        plan = cache.plan(n_left)
         if plan.n_tokens == 0 and cache.n_over:
-            cache.overflow()
-            cache.attending = attending
+            cache.evict(cache.params.budget)
             plan = cache.plan(n_left)
         if plan.n_tokens == 0:
             raise ValueError("no cells")
         assert n_chunk in (None, plan.n_tokens), f"reads {n_chunk} tokens on, not {plan}"
         probe, n_probe = None, self.after.n_probe - self.before.n_probe
-        probes = cache.params.needs_lookahead and not (cache.attending or cache.part_size)
-        if plan.n_evict and probes:
-            assert n_probe == plan.n_probe
+        if plan.n_probe:
+            assert n_probe == (plan.n_probe if plan.n_evict else 0)
+        if plan.n_evict and plan.n_probe:
             probe = self._probe(tokens[n_left - n_probe :])
             self.logits = None
-        cache.make_room(plan.n_evict, probe, n_probe, goes_on=plan.n_tokens < n_left)
+        cache.make_room(plan.n_evict, probe, n_probe)
 
     def prompt_end(self) -> None:
         cache, params = self.cache, self.cache.params
-        looks_ahead = params.needs_lookahead and params.lookahead != "deferred"
+        looks_ahead = params.needs_lookahead and params.lookahead == "pseudo"
         looks_ahead &= cache.n_over > 0 or cache.recalls("turn")
         logits = self.inspector.logits() if looks_ahead else None
 
         def model(_: Any) -> None:
-            drafted = cache.attending
-            n_again = 0 if cache.choose_for_lookahead() else self._choose_for_message()
-            reads_again = looks_ahead and n_again == 0 and not drafted
-            tail = self._tail(params.window) if reads_again else []
-            n_before, n_prompt = cache.n_recalls, cache.n_tokens
+            n_prompt = cache.n_tokens
+            cache.choose_for_lookahead()
             cache.prompt_end(self._pseudo() if looks_ahead else None)
             self._note([0] * (self.after.n_pseudo - self.before.n_pseudo))
             self.tokens = {p: token for p, token in self.tokens.items() if p < n_prompt}
-            if cache.n_recalls > n_before and tail:
-                self._decode_again(tail)
-            self._adopt(n_again or len(tail))
 
         self._both(self._call["prompt_end"], model)
-        if logits is not None and self.after.n_reread == self.before.n_reread:
+        if logits is not None:
             assert_equal(self.inspector.logits(), logits, "the prompt's own logits are back")
-
-    def _choose_for_message(self) -> int:
-        """Last tokens that were read again, not adopted yet."""
-        cache, n_again = self.cache, 0
-        again = cache.message_again()
-        for _ in range(again.n_rounds):
-            tail = self._tail(again.n_tokens)
-            if not tail or not cache.choose_for_message(len(tail), again.probed):
-                break
-            self._decode_again(tail)
-            n_again = len(tail)
-        assert not (n_again and again.probed and cache.params.lookahead != "deferred"), (
-            "two lookaheads: which of the pseudo tokens are whose is not known"
-        )
-        return n_again
-
-    def _decode_again(self, tokens: list[int]) -> None:
-        assert self.cache.remove(self.cache.n_tokens - len(tokens))
-        self._note(tokens)
-        self.logits = self.model.forward(tokens, self.cache)
-        self.n_decoded += len(tokens)
-        self.n_reread += len(tokens)
 
     def _note(self, tokens: list[int]) -> None:
         """Tokens are decoded after what is cached; each takes the slot of an earlier one."""
@@ -260,9 +223,8 @@ class Mirror:
 
     def evict(self, n_keep: int) -> None:
         """laq_evict, which the Llama does not call by itself."""
-        self._both(
-            lambda: self.llm._laq._call("laq_evict", n_keep), lambda _: self.cache.evict(n_keep)
-        )
+        call = self.llm._laq._call
+        self._both(lambda: call("laq_evict", n_keep), lambda _: self.cache.evict(n_keep))
 
     def recall(self) -> None:
         self._both(self.llm.recall, lambda _: self.cache.recall())
@@ -294,17 +256,17 @@ class Mirror:
         self.logits = None
         self.check()
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """A state was loaded: what the model was then."""
-        self.cache.restore(snapshot)
+        restore(self.cache, saved)
         self.tokens = {}
         self.logits = None
         self.check()
 
     def park(self, name: str) -> dict[str, Any]:
-        """The Llama parks the chat; what the model needs to resume it."""
+        """Park the chat; what the model needs to resume it."""
         held = {
-            "cache": self.cache.snapshot(),
+            "cache": snapshot(self.cache),
             "params": self.cache.params,
             "tokens": self.tokens,
             "logits": None if self.llm._requires_eval else self.logits,
@@ -316,7 +278,7 @@ class Mirror:
     def resume(self, name: str, held: dict[str, Any]) -> None:
         logits = held["logits"]
         self.llm.resume(name)
-        self.cache.restore(held["cache"])
+        restore(self.cache, held["cache"])
         self.cache.params, self.tokens, self.logits = held["params"], held["tokens"], logits
         self.check()
         assert self.llm._requires_eval == (logits is None)
@@ -332,34 +294,19 @@ class Mirror:
 
     def _probe(self, tokens: npt.NDArray[np.int32]) -> Tokens:
         fork, made = self.cache.fork(), []
-        n_free = self.cache.n_free - len(tokens)
+        n_free = self.cache.cells.n_free - len(tokens)
         n_most = min(self.cache.params.probe_ahead, n_free)
         return self._ahead(fork, self._forward(tokens, fork, made), n_most, made)
 
     def _pseudo(self) -> Tokens:
-        if not self.cache.drafts:
-            n_most = min(self.cache.params.ahead, self.cache.n_free)
-            return self._ahead(self.cache.fork(), self.logits, n_most, [])
-        # which tokens SnapKV keeps is decided by the model's own scores: near a tie others stay,
-        # and other pseudo tokens come
-        given, self.cache.given, self.cache.tolerance = self.cache.given, None, None
-        try:
-            drafted = self.cache.draft()
-        finally:
-            self.cache.given = given
-        n_most = min(self.cache.params.ahead, drafted.n_free)
-        return self._ahead(drafted.fork(), self.logits, n_most, [])
+        n_most = min(self.cache.params.ahead, self.cache.cells.n_free)
+        return self._ahead(self.cache.fork(), self.logits, n_most, [])
 
     def _ahead(self, fork: NativeCache, logits: Any, n_most: int, made: list[Tokens]) -> Tokens:
         """`made` and the greedy tokens that follow, as many as native decoded. Where two tokens are
         nearly as good, native may have taken the other one: then the scores are not compared.
-        Lookahead "position": newlines in their place.
         """
         n_made = self.after.n_pseudo - self.before.n_pseudo
-        if self.cache.params.lookahead == "position":
-            assert n_made == n_most
-            self._forward([self.newline] * max(n_made, 1), fork, made)
-            return self._joined(made)
         for i in range(max(n_made, 1)):  # the reference wants one even where none finds a cell
             token = self._greedy(logits)
             assert i == 0 or token != self.eos or self.cache.tolerance is None
@@ -367,9 +314,6 @@ class Mirror:
         if n_made < n_most:
             assert self._greedy(logits) == self.eos or self.cache.tolerance is None
         assert n_made <= n_most
-        return self._joined(made)
-
-    def _joined(self, made: list[Tokens]) -> Tokens:
         parts = ("k", "v", "q")
         return Tokens(*(np.concatenate([getattr(t, c) for t in made], axis=1) for c in parts))
 
@@ -388,17 +332,17 @@ class Mirror:
             return
         if self.tolerance is not None:
             assert_nmse(self.inspector.logits(), self.logits, self.tolerance, "logits")
-        for il, layer in enumerate(cache.layers):
+        for il, layer in enumerate(cache.cells.layers):
             where, queries = self.inspector.queries(il)
-            assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
+            assert_equal(where, cache.queries.positions, f"positions of the queries of layer {il}")
             is_new = where >= first
             keys, held = self.inspector.keys(il).swapaxes(0, 1), layer.positions >= first
             if self.tolerance is not None:
                 assert_nmse(keys[held], layer.k[held], self.tolerance, f"new keys of layer {il}")
-                own = cache.queries[il][is_new]
+                own = cache.queries.values[il][is_new]
                 assert_nmse(queries[is_new], own, self.tolerance, f"new queries of layer {il}")
             layer.k[held] = keys[held]
-            cache.queries[il][is_new] = queries[is_new]
+            cache.queries.values[il][is_new] = queries[is_new]
             for head in range(cache.n_head_kv):
                 layer.v[head, held[head]] = self.rows.resident(il, head, True)[held[head]]
                 self._adopt_archived(il, head, first)
@@ -406,13 +350,14 @@ class Mirror:
     def _adopt_archived(self, il: int, head: int, first: int) -> None:
         """Of tokens that were read again and evicted in one call."""
         archive = self.cache.archive
-        for i in np.flatnonzero(archive.positions >= first):
-            for is_v, rows in enumerate((archive.k, archive.v)):
+        for i in [] if archive is None else np.flatnonzero(archive.positions >= first):
+            for is_v, part in enumerate("kv"):
+                rows = getattr(archive.layers[il], part)
                 row = self.rows.archived(il, head, bool(is_v), int(archive.positions[i]))
                 if self.tolerance is not None:
                     what = f"archived position {archive.positions[i]}"
-                    assert_nmse(row, rows[il, head, i], self.tolerance, what)
-                rows[il, head, i] = row
+                    assert_nmse(row, rows[head, i], self.tolerance, what)
+                rows[head, i] = row
 
     def check(self) -> None:
         """What native holds is what the model holds."""
@@ -427,12 +372,12 @@ class Mirror:
         assert stats.n_decoded - stats.n_probe - stats.n_pseudo == self.n_decoded
         assert stats.n_reread == self.n_reread
         assert_equal(self.llm.kept_positions(), cache.positions, "resident positions")
-        for il, layer in enumerate(cache.layers):
+        for il, layer in enumerate(cache.cells.layers):
             keys = self.inspector.keys(il).swapaxes(0, 1)
             assert_equal(keys.view(np.uint32), layer.k.view(np.uint32), f"keys of layer {il}")
             where, queries = self.inspector.queries(il)
-            assert_equal(where, cache.query_positions, f"positions of the queries of layer {il}")
-            own = np.ascontiguousarray(cache.queries[il])
+            assert_equal(where, cache.queries.positions, f"positions of the queries of layer {il}")
+            own = np.ascontiguousarray(cache.queries.values[il])
             assert_equal(queries.view(np.uint32), own.view(np.uint32), f"queries of layer {il}")
             for head in range(cache.n_head_kv):
                 values = self.rows.resident(il, head, True)
@@ -446,13 +391,13 @@ class Mirror:
     def _check_archive(self, stats: Any) -> None:
         """Of what is archived, the first token, the last one and some between: byte for byte."""
         archive = self.cache.archive
-        where = archive.positions
-        n_rows = self.cache.n_layer * self.cache.n_head_kv
-        assert stats.n_archived == len(where) * n_rows
+        where = [] if archive is None else archive.positions
+        assert stats.n_archived == len(where) * self.cache.n_layer * self.cache.n_head_kv
         for i in sorted({0, len(where) // 3, 2 * len(where) // 3, len(where) - 1}):
             if not 0 <= i < len(where):
                 continue
             for il, head in np.ndindex(self.cache.n_layer, self.cache.n_head_kv):
-                for is_v, rows in enumerate((archive.k, archive.v)):
+                for is_v, part in enumerate("kv"):
+                    rows = getattr(archive.layers[il], part)
                     row = self.rows.archived(il, head, bool(is_v), int(where[i]))
-                    assert_equal(row, rows[il, head, i], f"archived position {where[i]}")
+                    assert_equal(row, rows[head, i], f"archived position {where[i]}")

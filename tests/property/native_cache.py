@@ -10,59 +10,60 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from laq_gguf.reference import PolicyParams, RecallCache, Tokens
-from laq_gguf.reference.plan import n_always
+from laq_gguf.reference import KVCache, Layer, PolicyParams, Tokens
+from laq_gguf.reference.seq import Phase
 from parity.test_evict import Inspector
 from tolerances import assert_nmse
 
 FloatArray = npt.NDArray[np.float32]
 
 
-class NativeCache(RecallCache):
-    """The reference's cache with what native has less: it keeps the queries of few tokens.
+def n_always(params: PolicyParams) -> int:
+    """Tokens that are always kept, however many there are."""
+    fixed = set(range(params.n_sink)).union(*(range(*span) for span in params.pinned))
+    return len(fixed) + params.window + params.ahead
+
+
+def n_captured(params: PolicyParams) -> int:
+    """Last queries that are captured."""
+    return max(params.window_size, params.snapkv_window) + params.lookahead_size
+
+
+class NativeCache(KVCache):
+    """The reference's cache with what native has less: it captures the queries of few tokens.
 
     Attributes:
         given: native's scores of the evictions that come, for each of them (n_head_kv, n_kv) a
-            layer; None = the model's own are used.
+            layer.
         n_before: evictions before the first of these.
         tolerance: NMSE of them; None = not compared.
-        skips: native has found that a re-selection would hardly change anything.
         made: the tokens of the last `append`.
     """
 
     def __init__(self, params: PolicyParams, n_ring: int | None, **settings: Any) -> None:
-        """n_ring: queries kept; None = all. The others are those of RecallCache."""
-        self.skips = False
-        self.n_ring, self.n_evictions = n_ring, 0
-        self.given: list[list[FloatArray]] | None = []
+        """n_ring: queries kept; None = all. The others are those of KVCache."""
+        self.n_ring = n_ring
+        self.given: list[list[FloatArray]] = []
         self.n_before = 0
         self.tolerance: float | None = None
         super().__init__(params, **settings)
 
     def fork(self) -> NativeCache:
-        """A copy that takes any number of tokens."""
+        """A copy that takes any number of tokens, decoded as they would be now."""
         fork = copy.deepcopy(self)
-        fork.n_cells, fork.n_ring, fork.pending, fork.fits_to_archive = None, None, False, False
-        fork.recall_when = self.recall_when if self.attending else None
+        fork.cells.n_cells = fork.n_ring = None
+        fork.phase = Phase(self.phase.how, begin=0)
         return fork
 
     def append(self, tokens: Tokens) -> None:
         self.made = tokens
         super().append(tokens)
 
-    def clear(self) -> None:
-        n_evictions = self.n_evictions
-        super().clear()
-        self.n_evictions = n_evictions
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        super().restore({**snapshot, "n_evictions": self.n_evictions})
-
     def remove(self, p0: int, p1: int = -1) -> bool:
         n_end = self.n_tokens if p1 < 0 else min(p1, self.n_tokens)
         done = super().remove(p0, p1)
         if done and max(p0, 0) < n_end:
-            self._keep_queries(self.query_positions < p0)
+            self.queries.keep(self.queries.positions < p0)
         return done
 
     def evict(self, n_keep: int, recall: bool = False) -> None:
@@ -70,46 +71,32 @@ class NativeCache(RecallCache):
             raise ValueError(f"{n_always(self.params)} tokens are always kept, not {n_keep}")
         super().evict(n_keep, recall)
 
-    def make_room(
-        self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0, **others: Any
-    ) -> None:
-        before, n_ring = (self.query_positions, self.queries), self.n_ring
+    def make_room(self, n_evict: int, probe: Tokens | None = None, n_probe: int = 0) -> None:
+        before, n_ring = copy.deepcopy(self.queries), self.n_ring
         self.n_ring = None
         try:
-            super().make_room(n_evict, probe, n_probe, **others)
+            super().make_room(n_evict, probe, n_probe)
         finally:
             self.n_ring = n_ring
             if probe is not None:  # its queries are kept apart
-                self.query_positions, self.queries = before
+                before.outputs = self.queries.outputs
+                self.queries = before
 
-    def _append_queries(self, tokens: Tokens) -> None:
-        super()._append_queries(tokens)
+    def _append(self, tokens: Tokens) -> None:
+        super()._append(tokens)
         if self.n_ring is not None:
-            newest = {int(p) % self.n_ring: int(p) for p in self.query_positions}
-            self._keep_queries(np.isin(self.query_positions, list(newest.values())))
+            where = self.queries.positions
+            newest = {int(p) % self.n_ring: int(p) for p in where}
+            self.queries.keep(np.isin(where, list(newest.values())))
 
-    def _reselect(self, *eviction: Any, always: bool = False, **others: Any) -> bool:
-        if self.skips and not always:  # one that is always made may come first
-            self.n_recalls_skipped += 1
-            return False
-        return super()._reselect(*eviction, always=always, **others)
-
-    def _is_new(self, *selected: Any) -> bool:
-        super()._is_new(*selected)  # near the threshold native may say otherwise
-        return True
-
-    def _score_candidates(self, il: int, *candidates: Any) -> FloatArray:
-        return self._given(il, super()._score_candidates(il, *candidates))
-
-    def _score_layer(self, il: int, used: npt.NDArray[np.bool_]) -> FloatArray:
-        return self._given(il, super()._score_layer(il, used))
-
-    def _given(self, il: int, own: FloatArray) -> FloatArray:
-        if self.given is None:
-            return own
-        i = self.n_evictions - self.n_before
+    def score(self, il: int, used: npt.NDArray[np.bool_], layer: Layer) -> FloatArray:
+        own, i = super().score(il, used, layer), self.n_evictions - self.n_before
         assert i < len(self.given), "the model evicts and native has not"
         given = self.given[i][il]
+        if (
+            given.shape[1] == self.n_tokens > own.shape[1]
+        ):  # a recall has a column for each position
+            given = given[:, layer.positions[0]]
         assert given.shape == own.shape, f"{given.shape} scores, not {own.shape}"
         if self.tolerance is not None:
             assert_nmse(given, own, self.tolerance, f"scores of layer {il}")
@@ -136,7 +123,7 @@ class Rows:
         """(n_resident, d), in order of position."""
         raw = np.zeros((self.llm.kv_stats().n_resident, self._row_bytes(is_v)), np.uint8)
         dst = self.native.ffi.from_buffer("uint8_t[]", raw, require_writable=True)
-        status = self.native.lib.laq_get_rows(self.laq, il, head, is_v, dst, raw.size)
+        status = self.native.lib.laq_get_rows(self.laq, 0, il, head, is_v, dst, raw.size)
         self.native.check("laq_get_rows", status)
         return self._values(raw, is_v)
 
@@ -145,7 +132,7 @@ class Rows:
         raw, held = np.zeros(self._row_bytes(is_v), np.uint8), self.native.ffi.new("bool *")
         dst = self.native.ffi.from_buffer("uint8_t[]", raw, require_writable=True)
         status = self.native.lib.laq_get_archived(
-            self.laq, il, head, is_v, position, dst, raw.size, held
+            self.laq, 0, il, head, is_v, position, dst, raw.size, held
         )
         self.native.check("laq_get_archived", status)
         assert held[0], f"position {position} is not archived"

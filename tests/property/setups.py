@@ -32,7 +32,8 @@ class Setup:
         rules: settings that both have, under one name.
         context: settings of the Llama alone.
         compaction: what moves K and V.
-        archive: settings of the Llama for the recall, which the model needs one of.
+        archive: settings of the Llama for the archive, which the model needs one of.
+        on_device: the cells are treated as those of a device.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Setup:
     context: dict[str, Any] = field(default_factory=dict)
     compaction: str = "host"
     archive: dict[str, Any] = field(default_factory=dict)
+    on_device: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -55,7 +57,7 @@ class Setup:
 
     @property
     def recall(self) -> str | None:
-        """When both choose again from an archive."""
+        """When both recall from an archive."""
         return self.archive["recall"] if self.archive else None
 
     @property
@@ -92,7 +94,7 @@ class Setup:
                 **RULES,
                 **self.rules,
                 **self.context,
-                **({"recall_read": "cells", **self.archive} if self.archive else {}),
+                **self.archive,
                 **changes,
             },
         )
@@ -119,13 +121,9 @@ SETUPS = (
         context=NO_FA,
         compaction="graph",
     ),
-    Setup("laq pseudo, draft snapkv", "laq", rules={**PSEUDO, "draft": "snapkv"}),
     # a probe looks ahead less far than the end of the prompt
     Setup("laq++ pseudo, far ahead", "laq++", rules={**PSEUDO, "lookahead_size": 24}),
     Setup("laq++, far ahead", "laq++", rules={"lookahead_size": 24, "probe_size": 8}),
-    Setup("laq++ position", "laq++", rules={"lookahead": "position"}),
-    # SnapKV keeps more than the budget: every draft is refused
-    Setup("draft beyond the budget", "laq++", 30, rules={**PSEUDO, "draft": "snapkv"}),
     Setup("snapkv", "snapkv", cache_type="f32", context=NO_FA),
     Setup("streaming, q8_0", "streaming", cache_type="q8_0"),
     Setup("random, pinned", "random", rules={"pinned": ((40, 50), (300, 310))}, context=NO_FA),
@@ -151,9 +149,9 @@ SETUPS = (
         context={"n_batch": 48, "n_ubatch": 20, "flash_attn": False},
         compaction="graph",
     ),
-    Setup("recall", "laq++", compaction="graph", archive={"kv_recall": "ram", "recall": "turn"}),
+    Setup("archive", "laq++", compaction="graph", archive={"kv_recall": "ram", "recall": "turn"}),
     Setup(
-        "recall fitted",
+        "archive, fitted",
         "laq++",
         cache_type="f32",
         rules=FITTED,
@@ -161,125 +159,62 @@ SETUPS = (
         archive={"kv_recall": "ram", "recall": "turn"},
     ),
     Setup(
-        "recall fitted, pinned, disk",
+        "archive on disk, fitted, pinned",
         "laq++",
         rules={**FITTED, "pinned": ((40, 50),)},
         compaction="graph",
         archive={"kv_recall": "disk", "recall": "always"},
     ),
     Setup(
-        "recall fitted, read with probes",
-        "laq++",
-        cache_type="f32",
-        rules=FITTED,
-        context=NO_FA,
-        archive={"kv_recall": "ram", "recall": "turn", "recall_rounds": 0},
-    ),
-    Setup(
-        "recall, pinned",
-        "laq++",
-        rules={"pinned": ((40, 50),)},
-        context=NO_FA,
-        archive={"kv_recall": "ram", "recall": "always", "reread_size": 5},
-    ),
-    Setup(
-        "recall pseudo, f32, disk",
-        "laq++",
-        cache_type="f32",
-        rules=PSEUDO,
-        context=NO_FA,
-        archive={"kv_recall": "disk", "recall": "always", "recall_rounds": 0},
-    ),
-    Setup(
-        "recall snapkv, q8_0, part on disk",
-        "snapkv",
-        cache_type="q8_0",
-        archive={
-            "kv_recall": "ram",
-            "kv_recall_limit": "128KiB",
-            "recall": "always",
-            "recall_rounds": 0,
-            "recall_device": "device",
-        },
-    ),
-    Setup(
-        "recall pseudo, draft snapkv",
-        "laq",
-        rules={**PSEUDO, "draft": "snapkv"},
-        context=NO_FA,
-        compaction="graph",
-        archive={
-            "kv_recall": "ram",
-            "recall": "turn",
-            "recall_rounds": 0,
-            "recall_device": "device",
-        },
-    ),
-    Setup(
-        "archive attended to, fitted",
-        "laq++",
-        cache_type="f32",
-        rules=FITTED,
-        context=NO_FA,
-        archive={"kv_recall": "ram", "recall": "turn", "recall_read": "archive"},
-    ),
-    Setup(
-        "archive attended to, pseudo, pinned",
+        "archive, pseudo, fitted, pinned",
         "laq++",
         rules={**FITTED, **PSEUDO, "pinned": ((40, 50),)},
         compaction="graph",
-        # of two choices for a prompt that was not announced, a mirror cannot tell which was skipped
-        archive={
-            "kv_recall": "ram",
-            "recall": "always",
-            "recall_read": "archive",
-            "recall_rounds": 0,
-        },
+        archive={"kv_recall": "ram", "recall": "always"},
     ),
     Setup(
-        "archive attended to, snapkv, q8_0, disk",
+        "archive on disk, pseudo, f32",
+        "laq++",
+        cache_type="f32",
+        rules=PSEUDO,
+        context=NO_FA,
+        archive={"kv_recall": "disk", "recall": "always"},
+    ),
+    Setup(
+        "archive, snapkv, q8_0, part on disk",
         "snapkv",
         cache_type="q8_0",
-        archive={
-            "kv_recall": "disk",
-            "recall": "turn",
-            "recall_read": "archive",
-            "recall_rounds": 0,
-            "reread_size": 9,
-        },
+        archive={"kv_recall": "ram", "kv_recall_limit": "128KiB", "recall": "always"},
     ),
     Setup(
-        "archive attended to, laq",
+        "archive, laq, part on disk",
         "laq",
         cache_type="f32",
         context=NO_FA,
-        archive={
-            "kv_recall": "ram",
-            "kv_recall_limit": "64KiB",
-            "recall": "turn",
-            "recall_read": "auto",
-            "recall_device": "device",
-        },
+        archive={"kv_recall": "ram", "kv_recall_limit": "64KiB", "recall": "turn"},
     ),
     Setup(
-        "prompt in view of the archive",
+        "archive of a device",
         "laq++",
-        archive={"kv_recall": "ram", "recall": "turn", "recall_read": "prompt"},
+        archive={"kv_recall": "ram", "recall": "turn"},
+        on_device=True,
     ),
     Setup(
-        "prompt in view of the archive, pseudo",
+        "archive of a device, fitted, pseudo",
+        "laq++",
+        cache_type="f32",
+        rules={**FITTED, **PSEUDO},
+        context=NO_FA,
+        archive={"kv_recall": "ram", "recall": "always"},
+        on_device=True,
+    ),
+    Setup(
+        "archive of a device, pseudo, part on disk",
         "laq",
         rules=PSEUDO,
         context=NO_FA,
-        archive={
-            "kv_recall": "ram",
-            "kv_recall_limit": "64KiB",
-            "recall": "turn",
-            "recall_read": "prompt",
-            "recall_rounds": 0,
-            "recall_device": "device",
-        },
+        archive={"kv_recall": "ram", "kv_recall_limit": "64KiB", "recall": "turn"},
+        on_device=True,
     ),
-    Setup("recall when told", "laq", archive={"kv_recall": "ram", "recall": "never"}),
     Setup("full", "full", context={"n_ctx": 512}),
 )

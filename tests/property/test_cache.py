@@ -110,6 +110,7 @@ def machines(
 ) -> Machines:
     monkeypatch.setenv("LAQ_DEBUG", "1")  # the scores of the last eviction are kept
     monkeypatch.setenv("LAQ_COMPACT", "host")
+    monkeypatch.setenv("LAQ_CELLS", "host")
     return Machines(native, tiny_gguf("llama", **SHAPE), tmp_path)
 
 

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from laq_gguf.reference import ChunkPlan, KVCache, PolicyParams, Tokens
+from laq_gguf.reference import ChunkPlan, KVCache, PolicyParams, Span, Tokens, evict
+from laq_gguf.reference.cells import NONE
+from laq_gguf.reference.values import last_queries
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_head_kv": 2, "n_embd_head": 4}
 
@@ -21,7 +23,7 @@ def tokens(n: int, seed: int = 0, first: int = 0) -> Tokens:
 
 def check_cells(cache: KVCache) -> None:
     """Every cell holds the token that the origin table says, in every layer and head."""
-    for il, layer in enumerate(cache.layers):
+    for il, layer in enumerate(cache.cells.layers):
         for head, positions in enumerate(layer.positions):
             assert (np.diff(positions) > 0).all()
             np.testing.assert_array_equal(layer.v[head, :, 0], positions)
@@ -64,3 +66,22 @@ def make_room(cache: KVCache, chunk: ChunkPlan) -> None:
         n_ahead = chunk.n_probe + cache.params.probe_ahead
         probe = tokens(n_ahead, seed=1, first=cache.n_tokens)
     cache.make_room(chunk.n_evict, probe, chunk.n_probe)
+
+
+def keep(
+    cache: KVCache, positions: np.ndarray, n_intact: int, fit: tuple[PolicyParams, Span]
+) -> None:
+    """Evict down to positions (n_layer, n_head_kv, n_kept) that another implementation selected; V
+    is fitted as other settings say to what the queries [first, last) got."""
+    index = np.zeros(positions.shape, np.int64)
+    for il, head in np.ndindex(positions.shape[:2]):
+        resident = cache.cells.layers[il].positions[head]
+        assert np.isin(positions[il, head], resident).all(), f"layer {il}, head {head}"
+        index[il, head] = np.searchsorted(resident, positions[il, head])
+    own, (cache.params, queries) = cache.params, fit
+    fitted = last_queries(cache.queries.within(*queries) & (cache.queries.outputs != NONE))
+    if cache.params.fits_values and fitted.any():
+        evict.fit_layers(cache, cache.cells.layers, list(index), fitted, n_intact)
+    cache.cells.keep(list(index))
+    cache.params, cache.n_intact = own, n_intact
+    cache.queries.age(archived=False)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from laq_gguf.reference import KVCache, PolicyParams, Tokens
 from reference.made import SHAPE, check_cells, tokens
+from reference.paper import prompt_end_of_paper
 
 LN2 = float(np.log(2))
 
@@ -43,7 +44,7 @@ def test_six_tokens_by_hand() -> None:
     cache.append(six[5:6])
     np.testing.assert_allclose(cache.scores[0], np.array([[1, 1, 2, 1, 4]]) / 9, rtol=1e-6)
     assert cache.positions.tolist() == [[[0, 2, 3, 4, 5]]]
-    assert cache.layers[0].v.ravel().tolist() == [0, 2, 3, 4, 5]
+    assert cache.cells.layers[0].v.ravel().tolist() == [0, 2, 3, 4, 5]
     assert (cache.n_tokens, cache.n_intact, cache.n_evictions) == (6, 3, 1)
 
 
@@ -130,41 +131,27 @@ def test_pseudo_tokens_score_and_vanish() -> None:
         np.testing.assert_array_equal(a, b[:, :100])
     assert (pseudo.n_tokens, pseudo.n_resident) == (100, 32)
     assert pseudo.positions.max() == 99
-    assert pseudo.query_positions.max() == 99
+    assert pseudo.queries.positions.max() == 99
     check_cells(pseudo)
 
 
-def test_draft_cache_is_snapkvs_and_leaves_the_full_one() -> None:
-    cache = filled(100, policy="laq", lookahead="pseudo", budget=40)
-    drafted = cache.draft()
+def test_the_papers_two_stages() -> None:
     snapkv = filled(100, policy="snapkv", budget=40)
     snapkv.prompt_end()
-    np.testing.assert_array_equal(drafted.positions, snapkv.positions)
-    assert cache.n_resident == 100
+    drafted, ahead = [], tokens(8, first=100)
 
+    def generate(cache: KVCache) -> Tokens:
+        drafted.append(cache)
+        return ahead
 
-def test_placeholders_score_as_pseudo_tokens_do() -> None:
-    ahead = tokens(8, first=100)
-    pseudo, position = (filled(100, policy="laq", lookahead=x) for x in ("pseudo", "position"))
-    for cache in (pseudo, position):
-        cache.prompt_end(ahead)
-    assert (position.positions == pseudo.positions).all()
-    assert not position.pending and position.n_tokens == 100
-    with pytest.raises(ValueError, match="'position' needs the tokens that follow"):
-        filled(100, policy="laq", lookahead="position").prompt_end()
-    with pytest.raises(ValueError, match="generates nothing"):
-        PolicyParams(budget=32, lookahead="position", draft="snapkv")
-
-
-def test_pseudo_tokens_of_a_cut_cache_leave_their_keys_behind() -> None:
-    ahead = tokens(8, first=100)
-    cache = filled(100, policy="laq", lookahead="pseudo", draft="snapkv", budget=40)
-    cache.prompt_end(ahead)
-    # all their attention falls on the 100 keys of the prompt
+    cache = filled(100, policy="laq", lookahead="pseudo", budget=40)
+    prompt_end_of_paper(cache, generate)
+    np.testing.assert_array_equal(drafted[0].positions, snapkv.positions)
+    # the keys of the pseudo tokens are gone: all attention falls on the 100 keys of the prompt
     assert cache.scores[0].shape == (2, 100)
     assert cache.scores[0].sum() == pytest.approx(2 * 8, rel=1e-5)
     assert (cache.n_tokens, cache.n_resident) == (100, 40)
-    assert cache.query_positions.max() == 99
+    assert cache.queries.positions.max() == 99
     check_cells(cache)
 
 
@@ -226,7 +213,7 @@ def test_removal_inside_the_intact_suffix() -> None:
     assert cache.remove(105)
     assert (cache.n_tokens, cache.n_resident) == (105, 29)
     assert cache.positions.max() == 104
-    assert cache.query_positions.max() == 104
+    assert cache.queries.positions.max() == 104
     check_cells(cache)
     cache.append(tokens(2, first=105))
     assert cache.n_tokens == 107

@@ -35,7 +35,7 @@ def caches(draw):
 
 
 def check_cache(cache: KVCache) -> None:
-    assert cache.n_used <= cache.n_cells
+    assert cache.cells.n_used <= cache.cells.n_cells
     check_cells(cache)
     params, n = cache.params, cache.n_tokens
     always = {p for p0, p1 in ((0, params.n_sink), *params.pinned) for p in range(p0, min(p1, n))}
@@ -59,7 +59,7 @@ def read_checked(cache: KVCache, n_left: int) -> None:
         assert 1 <= chunk.n_tokens <= min(cache.n_batch, n_left)
         n_resident = cache.n_resident
         small = cache.n_resident <= params.budget
-        all_fits = n_left + (0 if small else ahead) <= cache.n_free
+        all_fits = n_left + (0 if small else ahead) <= cache.cells.n_free
         make_room(cache, chunk)
         check_cache(cache)
         assert cache.n_resident == n_resident - chunk.n_evict
@@ -72,7 +72,7 @@ def read_checked(cache: KVCache, n_left: int) -> None:
         check_cache(cache)
         n_left -= chunk.n_tokens
         if not all_fits:
-            assert cache.n_used + room <= cache.n_cells
+            assert cache.cells.n_used + room <= cache.cells.n_cells
 
 
 @settings(max_examples=100, deadline=None)
@@ -97,7 +97,7 @@ def test_the_cap_holds(cache, turns) -> None:
 def test_a_prompt_that_fits_is_evicted_once(cache, n_prompt) -> None:
     params = cache.params
     ahead = params.lookahead_size if params.needs_lookahead else 0
-    n_prompt = min(n_prompt, cache.n_cells - ahead)
+    n_prompt = min(n_prompt, cache.cells.n_cells - ahead)
     plans = read(cache, n_prompt)
     assert {chunk.n_evict for chunk in plans} == {0}
     assert len(plans) == -(-n_prompt // cache.n_batch)

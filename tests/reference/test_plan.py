@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laq_gguf.reference import POLICIES, ChunkPlan, PolicyParams, default_chunk, plan_chunk
-from laq_gguf.reference.plan import check_pinned
+from laq_gguf.reference.evict import check_pinned
 
 
 def plan(n_used: int, n_left: int, *, n_resident: int | None = None, **params) -> tuple:

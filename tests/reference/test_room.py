@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from laq_gguf.reference import ChunkPlan, KVCache, PolicyParams, Tokens
+from laq_gguf.reference.seq import ATTENDING, IDLE, PROBED, WHOLE, Phase
 from reference.made import SHAPE, check_cells, read, tokens, wide
+from reference.saved import restore, snapshot
 
 LN2, LN3, LN4 = float(np.log(2)), float(np.log(3)), float(np.log(4))
 
@@ -48,8 +50,8 @@ def test_a_probe_over_five_tokens_by_hand() -> None:
         cache.make_room(1, probe, 1)
         np.testing.assert_allclose(cache.scores[0], [scores], rtol=1e-6)
         assert cache.positions.tolist() == [[kept]]
-        assert cache.layers[0].v.ravel().tolist() == kept
-        assert cache.query_positions.tolist() == [0, 1, 2, 3, 4]
+        assert cache.cells.layers[0].v.ravel().tolist() == kept
+        assert cache.queries.positions.tolist() == [0, 1, 2, 3, 4]
         assert (cache.n_tokens, cache.n_intact, cache.n_evictions) == (5, 4, 1)
         # the chunk, and two cells of room beside it
         cache.append(row([0, 0], [1, 1]))
@@ -75,11 +77,11 @@ def test_what_a_probe_saw_counts_at_the_next_one_by_hand(removed: bool) -> None:
     cache.append(FIVE)
     cache.make_room(1, row([0, LN4], [-1, 1]), 1)
     # of the kept ones 0 2 3 4, each over 13: 1 2 3 1. 4 is of the intact suffix: not known
-    np.testing.assert_allclose(cache.layers[0].memory * 13, [[1, 2, 3, 1]], rtol=1e-6)
+    np.testing.assert_allclose(cache.cells.layers[0].memory * 13, [[1, 2, 3, 1]], rtol=1e-6)
     cache.append(row([0, 0], [1, 1]))
-    if removed:  # another prompt goes on from here
-        cache.append(row([0], [1]))
-        assert cache.remove(7)
+    if removed:  # the prompt is gone, and another one goes on from here
+        assert cache.remove(5) and not cache.phase.is_reading
+        cache.append(row([0, 0], [1, 1]))
     # pseudo token at 8: q = -1, weights 1 1/2 1/3 1 1 1 1 1, sum 41/6
     cache.make_room(1, row([0, 0], [-1, -1]), 1)
     np.testing.assert_allclose(cache.scores[0] * 41, [[6, 3, 2, 6, 6, 6]], rtol=1e-6)
@@ -87,12 +89,12 @@ def test_what_a_probe_saw_counts_at_the_next_one_by_hand(removed: bool) -> None:
     kept = 2 if removed else 3
     assert cache.positions.tolist() == [[[0, kept, 4, 5, 6]]]
     want = 3 / 41 if removed else (2 / 41 + 3 / 13) / 2
-    np.testing.assert_allclose(cache.layers[0].memory[0, 1], want, rtol=1e-6)
+    np.testing.assert_allclose(cache.cells.layers[0].memory[0, 1], want, rtol=1e-6)
     cache.prompt_end()
-    assert cache.remembers
+    assert cache.pending and cache.phase.how == PROBED
     cache.append(row([0], [1]))
     cache.flush()
-    assert (cache.n_resident, cache.remembers) == (3, False)
+    assert (cache.n_resident, cache.phase) == (3, IDLE)
 
 
 def test_room_without_a_probe_by_hand() -> None:
@@ -205,11 +207,11 @@ def test_a_prompt_over_full_cells_overflows_first() -> None:
 
 def test_other_sequences_take_cells() -> None:
     cache = wide(80)
-    cache.n_foreign = 30
+    cache.cells.n_foreign = 30
     cache.append(tokens(50))
-    assert (cache.n_used, cache.n_over) == (80, 18)
+    assert (cache.cells.n_used, cache.n_over) == (80, 18)
     cache.append(tokens(1, first=50))
-    assert (cache.n_resident, cache.n_used) == (33, 63)
+    assert (cache.n_resident, cache.cells.n_used) == (33, 63)
     # 17 cells are free, 9 hold a token of the prompt and 8 ahead; 1 above the budget may go, and
     # with 18 - 20 no token finds room
     assert cache.plan(9) == ChunkPlan(9)
@@ -224,10 +226,10 @@ def test_unbounded_plans() -> None:
 
 
 def unchanged(cache: KVCache, before: dict) -> None:
-    after = cache.snapshot()
-    for name in ("n_tokens", "n_prompt", "n_intact", "n_evictions", "pending"):
+    after = snapshot(cache)
+    for name in ("n_tokens", "n_intact", "phase"):
         assert after[name] == before[name]
-    np.testing.assert_array_equal(after["query_positions"], before["query_positions"])
+    np.testing.assert_array_equal(after["queries"].positions, before["queries"].positions)
     for a, b in zip(after["layers"], before["layers"], strict=True):
         np.testing.assert_array_equal(a.positions, b.positions)
         np.testing.assert_array_equal(a.k, b.k)
@@ -236,7 +238,7 @@ def unchanged(cache: KVCache, before: dict) -> None:
 def test_what_finds_no_cells_is_refused() -> None:
     cache = wide(64)
     cache.append(tokens(60))
-    before = cache.snapshot()
+    before = snapshot(cache)
     # 60 - 32 = 28 may go: 4 + 28 = 32 find room, 33 do not
     with pytest.raises(ValueError, match="33 tokens find no room"):
         cache.append(tokens(33, first=60))
@@ -269,7 +271,7 @@ def test_a_waiting_eviction_whose_lookahead_is_there_makes_the_room() -> None:
 def test_refused_rooms_leave_the_cache() -> None:
     cache = wide(80)
     cache.append(tokens(60))
-    before = cache.snapshot()
+    before = snapshot(cache)
     probe = tokens(20, seed=1, first=60)
     for arguments, match in (
         ((29, probe, 12), "n_evict must be from 0 to 28"),
@@ -326,7 +328,35 @@ def test_a_new_prompt_gives_up_the_eviction_that_waits() -> None:
     read(cache, 20)
     assert (cache.n_resident, cache.n_evictions, cache.pending) == (68, 0, False)
     cache.prompt_end()
-    assert (cache.n_prompt, cache.pending) == (68, True)
+    assert cache.phase.n_prompt == 68
+
+
+def test_the_phases_of_a_prompt() -> None:
+    phase = IDLE.reading(40, archived=False)
+    assert phase == Phase(WHOLE, begin=40) == phase.reading(60, archived=False)
+    assert IDLE.reading(40, archived=True) == Phase(ATTENDING, begin=40)
+    probed = phase.evicted(by_probe=True)
+    assert probed == Phase(PROBED, begin=40) == probed.reading(60, archived=False)
+    # a removal after its beginning leaves it, one before ends it
+    assert (probed.removed(41), probed.removed(40)) == (probed, IDLE)
+    waiting = probed.waiting(90)
+    assert waiting == Phase(PROBED, n_prompt=90)
+    assert (waiting.removed(90), waiting.removed(89)) == (waiting, IDLE)
+    assert waiting.reading(95, archived=False) == Phase(WHOLE, begin=95), "it is given up"
+    assert (waiting.evicted(), probed.evicted(), IDLE.evicted()) == (IDLE, phase, IDLE)
+    assert (probed.forgotten(), phase.forgotten()) == (phase, phase)
+
+
+def test_a_removal_within_the_prompt_keeps_what_probes_saw() -> None:
+    cache = wide(80, chunk_size=16)
+    read(cache, 100)
+    assert cache.phase == Phase(PROBED, begin=0)
+    assert cache.remove(98) and cache.phase == Phase(PROBED, begin=0)
+    cache.configure(replace(cache.params, budget=40))
+    assert cache.phase == Phase(WHOLE, begin=0)
+    cache.overflow()
+    assert cache.phase.is_reading
+    assert cache.remove(0) and cache.phase == IDLE
 
 
 def test_restored_state_goes_on_as_if_never_saved() -> None:
@@ -334,9 +364,9 @@ def test_restored_state_goes_on_as_if_never_saved() -> None:
     read(cache, 100)
     cache.prompt_end()
     cache.append(tokens(3, first=100))
-    saved = cache.snapshot()
+    saved = snapshot(cache)
     other = wide(80, chunk_size=16)
-    other.restore(saved)
+    restore(other, saved)
     for one in (cache, other):
         for i in range(40):
             one.append(tokens(1, first=103 + i))
@@ -344,13 +374,13 @@ def test_restored_state_goes_on_as_if_never_saved() -> None:
     np.testing.assert_array_equal(cache.positions, other.positions)
     for a, b in zip(cache.scores, other.scores, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (other.n_tokens, other.n_evictions) == (cache.n_tokens, cache.n_evictions)
+    assert (other.n_tokens, other.phase) == (cache.n_tokens, cache.phase)
     # the snapshot is as it was
     third = wide(80)
-    third.restore(saved)
-    assert (third.n_tokens, third.n_prompt, third.pending) == (103, 100, True)
+    restore(third, saved)
+    assert (third.n_tokens, third.phase.n_prompt) == (103, 100)
     check_cells(third)
     with pytest.raises(ValueError, match="more than there are"):
-        wide(32).restore(saved)
+        restore(wide(32), saved)
     with pytest.raises(ValueError, match="another model"):
-        narrow(80, 32).restore(saved)
+        restore(narrow(80, 32), saved)

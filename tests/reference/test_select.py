@@ -5,18 +5,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from laq_gguf.reference import (
-    POLICIES,
-    PolicyParams,
-    copies,
-    follow_scores,
-    pinned_mask,
-    query_range,
-    random_scores,
-    rank_scores,
-    select,
-    select_head,
-)
+from laq_gguf.reference import POLICIES, PolicyParams, query_range, random_scores, select_head
+from laq_gguf.reference.select import copies, follow_scores, pinned_mask, rank_scores, select
 
 
 def test_six_tokens_by_hand() -> None:

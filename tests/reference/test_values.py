@@ -15,7 +15,7 @@ from laq_gguf.reference import (
 )
 from laq_gguf.reference.cells import Tokens
 from laq_gguf.reference.values import FIT_QUERIES
-from reference.made import SHAPE, tokens
+from reference.made import SHAPE, keep, tokens
 
 
 def test_two_values_by_hand() -> None:
@@ -72,7 +72,7 @@ def test_properties(seed, n_group, n_queries, n_kv) -> None:
 
 def outputs_of(cache: KVCache, q: np.ndarray, first: int) -> np.ndarray:
     """What queries (n_head, n_queries, d) from position `first` on get in layer 0."""
-    layer = cache.layers[0]
+    layer = cache.cells.layers[0]
     mask = causal_mask(first + np.arange(q.shape[1]), layer.positions)
     weights = attention_weights(q, layer.k.swapaxes(0, 1), scale=cache.scale, mask=mask)
     return attention_outputs(weights, layer.v)
@@ -111,8 +111,6 @@ def test_the_lookahead_gets_what_it_got(lookahead) -> None:
     [
         {"policy": "laq"},
         {"policy": "snapkv"},
-        {"lookahead": "position"},
-        {"lookahead": "pseudo", "draft": "snapkv"},
         {"value_fit": 0},
     ],
     ids=str,
@@ -133,8 +131,8 @@ def test_of_many_queries_values_are_fitted_to_the_last() -> None:
         cache = KVCache(PolicyParams(150, policy="full"), **SHAPE)
         cache.append(tokens(100))
         cache.append(Tokens(ahead.k, ahead.v, q))
-        cache.keep_fitted(kept, 142, params, (100, 150))
-        return np.stack([layer.v for layer in cache.layers])
+        keep(cache, kept, 142, (params, (100, 150)))
+        return np.stack([layer.v for layer in cache.cells.layers])
 
     as_they_are = fitted_with(0, 0)
     np.testing.assert_array_equal(fitted_with(0, 50 - FIT_QUERIES), as_they_are)
@@ -147,7 +145,7 @@ def test_pinned_values_stay() -> None:
     cache.prompt_end()
     cache.append(tokens(8, first=100))
     cache.flush()
-    layer = cache.layers[0]
+    layer = cache.cells.layers[0]
     for positions, values in zip(layer.positions, layer.v, strict=True):
         pinned = (positions < 4) | (positions >= 92) | ((positions >= 20) & (positions < 25))
         np.testing.assert_array_equal(values[pinned, 0], positions[pinned])
