@@ -26,6 +26,7 @@ HEAD = """# Results
 
 Written by `python scripts/bench.py readme` from the JSON files of this folder, which hold every
 row, the settings, the versions and the machine. `laq-gguf bench report FILE` shows one of them.
+The commands are those of today, unless words of them are said to be removed.
 """
 README, RESULTS = ROOT / "README.md", ROOT / "laq_gguf" / "bench" / "results"
 
@@ -57,6 +58,8 @@ README_COMMAND = SimpleNamespace(
 )
 
 
+EVERY = {**commands.COMMANDS, "readme": README_COMMAND}
+
+
 if __name__ == "__main__":
-    every = {**commands.COMMANDS, "readme": README_COMMAND}
-    sys.exit(commands.main(prog="bench.py", commands=every))
+    sys.exit(commands.main(prog="bench.py", commands=EVERY))

@@ -374,8 +374,8 @@ def ci() -> None:
     test_sanitized()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description="The one command of a developer.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="answer from a long document out of a small cache")
@@ -385,7 +385,12 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("lint", help="ruff, clang-format, the patch series")
     commands.add_parser("fix", help="format what lint looks at")
     commands.add_parser("ci", help="lint, build, test, property tests with sanitizers")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
     steps = {"demo": demo, "build": build, "lint": lint, "fix": fix, "ci": ci}
     begin = time.monotonic()
     try:

@@ -64,8 +64,8 @@ COPY = r"ne_src=\[67108864,1,1,1\]"
 GIB = 2**30  # what test-backend-ops calls a GB
 
 
-def main() -> int:
-    """Run the steps asked for; 1 if one failed."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,6 +77,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true",
                         help="few of the speeds, and a small model in short contexts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    return parser
+
+
+def main() -> int:
+    """Run the steps asked for; 1 if one failed."""
+    parser = build_parser()
     args = parser.parse_args()
     unknown = [step for step in args.steps if step not in STEPS]
     if unknown:

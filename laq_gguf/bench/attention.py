@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from laq_gguf.bench.captured import Captured
+
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -28,17 +30,17 @@ def decode_attention(llm: Any, n_prompt: int) -> FloatArray:
     stats = llm.kv_stats()
     if stats.n_resident != stats.n_tokens:
         raise ValueError(f"{stats.n_resident} of {stats.n_tokens} tokens are left, all are needed")
-    laq = llm._laq
+    captured = Captured(llm)
     rows = []
     for ikv in range(stats.n_layer):
-        info = laq.layer_info(ikv)
-        positions, queries = laq.queries(ikv)
+        info = captured.layer(ikv)
+        positions, queries = captured.queries(ikv)
         after = positions >= n_prompt
         if not after.any():
             raise ValueError("no query after the prompt was captured: decode a token first")
         rows.append(
             mean_attention(
-                queries[after], positions[after], laq.keys(ikv), info.kq_scale, info.softcap
+                queries[after], positions[after], captured.keys(ikv), info.kq_scale, info.softcap
             )[:, :n_prompt]
         )
     return np.stack(rows)

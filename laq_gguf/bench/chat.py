@@ -20,6 +20,8 @@ from laq_gguf.bench.needles import COLOURS, OBJECT_NAMES, OBJECTS
 from laq_gguf.bench.options import (
     add_common,
     add_eviction,
+    add_lookahead,
+    add_policy,
     check_model,
     eviction_options,
     llama_options,
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-staging", type=int, help="cells beyond the budget; default: that of Llama"
     )
-    parser.add_argument("--policy", default="laq++", help="kv_policy")
-    parser.add_argument("--lookahead", choices=("deferred", "pseudo"), default="deferred")
+    add_policy(parser)
+    add_lookahead(parser)
     add_eviction(parser)
     parser.add_argument(
         "--n-ctx", type=int, default=0, help="positions of a chat; 0 = what the model was made for"

@@ -1,4 +1,4 @@
-"""Device: evictions and recall beside decoding on one device, for any model and long contexts.
+"""Device: evictions and recalls beside decoding on one device, for any model and long contexts.
 
 Random tokens are read: nothing here depends on what they say. Each configuration is a process of
 its own, so that the memory of the device can be read before and after it.
@@ -22,13 +22,13 @@ from laq_gguf.bench.worker import Worker, WorkerError
 from laq_gguf.config import LaqConfig, round_cells
 
 LOOKAHEAD_SIZE = LaqConfig.lookahead_size
-N_MESSAGE = 32  # tokens of the message that chooses again
+N_MESSAGE = 32  # tokens of the message that recalls
 NOTES = [
     "decode steps of the full cache: those between the prompt and its eviction, when the whole "
     "prompt fits the cells (one sequence, FlashAttention on)",
-    f"re-selections (kv_recall, lookahead pseudo): those of a turn whose message has {N_MESSAGE} "
-    "tokens: scores, choice, rows that come back; all that such a turn does after it has read the "
-    "message: what is read again, the pseudo tokens and the eviction as well",
+    f"recalls (kv_recall, lookahead pseudo): those of a turn whose message has {N_MESSAGE} tokens: "
+    "scores, choice, rows that come back; all that such a turn does beside reading the message: "
+    "the answer that is read again and the pseudo tokens as well",
     "memory: what the device had free before the model was loaded less what it has free at the "
     "end; on the CPU that is the machine's, which other processes change",
 ]
@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan += [(f"capped {n}", n, n + n_cells, capped) for n in args.n_prompts]
     recall = {**capped, "lookahead": "pseudo", "kv_recall": "ram"}
     plan.append((f"recall {first}", first, first + n_cells, recall))
-    plan.append((f"prompt {first}", first, first + n_cells, {**recall, "recall_read": "prompt"}))
     for name, n_prompt, n_ctx, options in plan:
         print(f"{args.device}: {name}, {n_prompt} tokens", file=sys.stderr)
         document["results"][name] = _measure(args, n_prompt, n_ctx, n_settle, options)
@@ -128,11 +127,11 @@ def _round(read: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def recall_of(turn: dict[str, Any]) -> dict[str, Any]:
-    """What a message's re-selections took, `ms_recall`; with what was read again, the pseudo tokens
-    and the eviction, `ms`; rows that came back; and the bytes on the device, before and after."""
+    """What a message's recalls took, `ms_recall`; with what was read again and the pseudo tokens,
+    `ms`; rows that came back; and the bytes on the device, before and after."""
     before, after = turn["before"], turn["after"]
     parts = added(before, after)
-    held = ("kv_bytes", "ring_bytes", "compute_bytes", "recall_bytes")
+    held = ("kv_bytes", "ring_bytes", "compute_bytes")
     return {
         "ms": sum(ms for name, ms in parts.items() if name.startswith("ms_")),
         "ms_message": turn["ms"],
@@ -148,12 +147,12 @@ def recall_bars(rounds: list[dict[str, Any]], full: list[float], n: int) -> list
     grown = [r["device_bytes_after"] - r["device_bytes_before"] for r in found]
     return [
         bar(
-            f"re-selections of a turn after {n} tokens, in decode steps of the full cache",
+            f"recalls of a turn after {n} tokens, in decode steps of the full cache",
             ratios([r["ms_recall"] for r in found], full), "< 10", lambda x: x < 10,
         ),
         bar(
-            f"one re-selection after {n} tokens, s",
-            [r["ms_recall"] / 1e3 / max(1, r["n_recalls"] + r["n_recalls_skipped"]) for r in found],
+            f"one recall after {n} tokens, s",
+            [r["ms_recall"] / 1e3 / max(1, r["n_recalls"]) for r in found],
             "< 0.5", lambda x: x < 0.5,
         ),
         bar(
@@ -199,13 +198,11 @@ def bars(results: dict[str, Any], n_prompts: list[int]) -> list[dict[str, Any]]:
     again = results.get(f"recall {n_prompts[0]}")
     if again:
         lines += recall_bars(again["rounds"], full, n_prompts[0])
-    read = results.get(f"prompt {n_prompts[0]}")
-    if read:
-        first, of_whole = ([r["first_token_s"] for r in own] for own in (read["rounds"], whole))
+        first, of_whole = ([r["first_token_s"] for r in own] for own in (again["rounds"], whole))
         lines.append(
             bar(
-                f"time to first token, {n_prompts[0]} tokens read in view of the archive, with "
-                "their lookahead and choices / whole cache's",
+                f"time to first token, {n_prompts[0]} tokens read with an archive, their lookahead "
+                "and recall / whole cache's",
                 ratios(first, of_whole), "<= 2", lambda x: x <= 2,
             )
         )  # fmt: skip

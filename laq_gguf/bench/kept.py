@@ -15,6 +15,7 @@ from laq_gguf.bench.kept_page import kept_page, kept_table
 from laq_gguf.bench.options import (
     add_common,
     add_eviction,
+    add_policy,
     check_model,
     eviction_options,
     llama_options,
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-staging", type=int, default=0,
         help="cells beyond the budget; 0 = the whole prompt fits",
     )  # fmt: skip
-    parser.add_argument("--policy", default="laq++", help="kv_policy")
+    add_policy(parser)
     parser.add_argument("--html", type=Path, help="the page")
     add_eviction(parser)
 

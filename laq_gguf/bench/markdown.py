@@ -17,6 +17,14 @@ def table(columns: Sequence[tuple[str, Callable[[Any], str]]], rows: Sequence[An
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def command_of(document: Document) -> str:
+    """The command that a result was made with, and what of it is `removed`: words that the commands
+    of today do not take."""
+    removed = ", ".join(f"`{word}`" for word in document.get("removed", ()))
+    told = f" (of the commit named here; removed since: {removed})" if removed else ""
+    return f"`{document['command']}`{told}"
+
+
 def mean_of(rows: Sequence[Row], name: str) -> float | None:
     """Mean of a field over the rows that have it; None where none has."""
     values = [row[name] for row in rows if row.get(name) is not None]

@@ -22,12 +22,8 @@ F16 = "f16"
 STEP_EXCESS = 0.03
 #: settings that act on a prompt read in chunks
 BOUNDED_SETTINGS = ("probe_size", "chunk_size")
-#: settings that a name may give: a method is its policy and lookahead, a Reader one score kernel
-SETTINGS = tuple(
-    name
-    for name in CONFIG_NAMES
-    if name not in ("kv_policy", "lookahead", "pinned", "score_kernel")
-)
+#: settings that a name may give: a method is its policy and lookahead
+SETTINGS = tuple(n for n in CONFIG_NAMES if n not in ("kv_policy", "lookahead", "pinned"))
 #: settings that more is allocated for, see Llama.set_eviction
 ALLOCATED = ("lookahead_size", "window_size", "snapkv_window")
 
@@ -40,12 +36,15 @@ class Method:
         options: keyword arguments of laq_gguf.Llama, beside the budget.
         bounded: the prompt is read in chunks, and never has more cells than the bytes allow.
             Others read all of it before they evict: their bytes are those of the cells they keep.
+        two_stages: SnapKV evicts, the lookahead is decoded from what is left, and recalls from all
+            of the prompt.
         name: as it was asked for.
         type: of K and V.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     bounded: bool = False
+    two_stages: bool = False
     name: str = ""
     type: str = F16
 
@@ -61,12 +60,9 @@ class Method:
 
     @property
     def least(self) -> int:
-        """The smallest budget: tokens that are always kept, also by the draft."""
-        config = self.config
-        least = config.n_pinned()
-        if config.draft == "snapkv":
-            least = max(least, replace(config, kv_policy="snapkv").n_pinned())
-        return least
+        """The smallest budget: tokens that are always kept, also by SnapKV in two stages."""
+        least, snapkv = self.config.n_pinned(), replace(self.config, kv_policy="snapkv")
+        return max(least, snapkv.n_pinned()) if self.two_stages else least
 
 
 PSEUDO = {"lookahead": "pseudo"}
@@ -75,23 +71,15 @@ METHODS: dict[str, Method] = {
     "streaming": Method({"kv_policy": "streaming"}),
     "random": Method({"kv_policy": "random"}),
     "snapkv": Method({"kv_policy": "snapkv"}),
-    # the paper's (arXiv 2505.20334): drafted from a cache that SnapKV has cut; it follows no copies
+    # the paper's (arXiv 2505.20334): looked ahead from what SnapKV keeps; it follows no copies
     "laq": Method(
-        {
-            "kv_policy": "laq",
-            "draft": "snapkv",
-            "lookahead_size": 8,
-            "follow_size": 0,
-            **PSEUDO,
-        }
+        {"kv_policy": "laq", "lookahead_size": 8, "follow_size": 0, **PSEUDO}, two_stages=True
     ),
     "laq++": Method({"kv_policy": "laq++", **PSEUDO}),
-    # queries of placeholders that know only where they stand: is generating worth it
-    "position": Method({"kv_policy": "laq++", "lookahead": "position"}),
     # its first lookahead_size tokens are the full cache's own
     "deferred": Method({"kv_policy": "laq++", "lookahead": "deferred"}),
     "bounded": Method({"kv_policy": "laq++", **PSEUDO}, bounded=True),
-    # the same cells; what leaves them can come back from host memory
+    # the same cells, and an archive in host memory
     "recall": Method({"kv_policy": "laq++", **PSEUDO, "kv_recall": "ram"}, bounded=True),
 }
 
@@ -113,7 +101,7 @@ def parse_method(name: str) -> Method:
             f"unknown K/V type {type_name!r} of {name!r}; there are: {', '.join(CACHE_TYPES)}"
         )
     options = {**known.options, **_settings(name, known, words)}
-    method = Method(options, known.bounded, name, type_name or F16)
+    method = replace(known, options=options, name=name, type=type_name or F16)
     try:
         _ = method.config  # checks the values
     except LaqArgumentError as error:

@@ -39,7 +39,7 @@ from laq_gguf.bench.tables import multiturn_table
 from laq_gguf.bench.tasks import read_lines
 from laq_gguf.config import round_cells
 
-# each turn chooses from the full cache, as if nothing had ever left it: what recall can reach
+# each turn evicts the full cache, as if nothing had ever been evicted: what a recall can reach
 FROM_FULL = "laq++-from-full"
 FILE = Path("multiturn") / "squad_multiturn.jsonl"
 LAQ_PP = {"kv_policy": "laq++", **PSEUDO}
@@ -50,7 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "laq++-deferred": {"kv_policy": "laq++", "lookahead": "deferred"},
     "laq++-pseudo": LAQ_PP,
     "laq++-recall": RECALL,
-    "laq++-recall-0": {**RECALL, "recall_rounds": 0},
     "laq++-recall-deferred": {"kv_policy": "laq++", "kv_recall": "ram"},
     FROM_FULL: LAQ_PP,
     "snapkv": {"kv_policy": "snapkv"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laq_gguf.bench.provenance import sha256, usable_cores
-from laq_gguf.config import LaqConfig
+from laq_gguf.config import LOOKAHEADS, LaqConfig
 
 # where things are, and how a run goes on: no part of what is measured
 NO_SETTINGS = frozenset(
@@ -38,6 +38,17 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true",
         help="begin anew; without it a run goes on with what --out already holds",
     )  # fmt: skip
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """--policy."""
+    parser.add_argument("--policy", default=LaqConfig().kv_policy, help="kv_policy")
+
+
+def add_lookahead(parser: argparse.ArgumentParser) -> None:
+    """--lookahead."""
+    default = LaqConfig().lookahead
+    parser.add_argument("--lookahead", choices=tuple(LOOKAHEADS), default=default)
 
 
 def add_eviction(parser: argparse.ArgumentParser) -> None:

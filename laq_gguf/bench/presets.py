@@ -10,7 +10,7 @@ from laq_gguf.config import CELL_STEP
 
 SHARES = [1 / 4, 1 / 8, 1 / 16]
 NIAH = [name for name in TASKS if name.startswith("niah_")]
-WHOLE_READERS = ["streaming", "random", "snapkv", "laq", "laq++", "position"]
+WHOLE_READERS = ["streaming", "random", "snapkv", "laq", "laq++"]
 QUANTIZED = ["q8_0", "q4_0"]
 FULL = ["full", *(f"full@{kind}" for kind in QUANTIZED)]
 

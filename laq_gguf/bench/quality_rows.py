@@ -104,11 +104,12 @@ class Measurement:
         if not missing:
             return
         full = self._full(prompt)
-        types_read = {F16}
+        read_by = {(F16, False)}
         for case in missing:
-            if case.method.type not in types_read and not case.method.bounded:
-                types_read.add(case.method.type)
-                self._readers.whole(case.method.type).read(prompt.tokens)
+            reader = case.method.type, case.method.two_stages
+            if reader not in read_by and not case.method.bounded:
+                read_by.add(reader)
+                self._readers.whole(*reader).read(prompt.tokens)
             self.file.add(self._row(prompt, case, full))
             yield case
 
@@ -198,7 +199,8 @@ class Measurement:
     def _answer_whole(
         self, prompt: Prompt, case: Case, full: _Full
     ) -> tuple[Reply, Decoder, dict[str, Any]]:
-        reader, method = self._readers.whole(case.method.type), case.method
+        method = case.method
+        reader = self._readers.whole(method.type, method.two_stages)
         budget = self._tokens(prompt, case) if method.evicts else None
         before = reader.stats()
         facts: dict[str, Any] = {"budget": budget, "ms_evict": reader.start(method, budget)}

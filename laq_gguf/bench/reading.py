@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
+from laq_gguf.bench.answers import freely
 from laq_gguf.bench.decoder import Decoder
 from laq_gguf.bench.methods import METHODS, Method, allocation, bounded_size, parse_method
 from laq_gguf.bench.options import llama_options
@@ -27,6 +28,10 @@ class Reader:
         ms_read: what the last prompt took.
     """
 
+    #: settings under which a prompt is read with nothing evicted, and those of the model
+    READ: ClassVar[dict[str, Any]] = METHODS["full"].options
+    ALLOCATE: ClassVar[dict[str, Any]] = {}
+
     #: ggml's CPU backend sums the attention of fewer tokens in another order: so that no method
     #: differs by that, the prompt is read in batches of at least so many, as BoundedReader does
     N_LAST = 64
@@ -44,7 +49,7 @@ class Reader:
         """
         options = options_of(args, n_ctx, type_name)
         # a policy that scores: what all of them need is allocated
-        options.update(kv_budget=n_ctx, kv_policy="laq++", lookahead="pseudo")
+        options.update(kv_budget=n_ctx, kv_policy="laq++", lookahead="pseudo", **self.ALLOCATE)
         options.update(allocation(methods))
         self.decoder = Decoder("laq_gguf", str(args.model), options)
         self.n_ctx, self.ms_read, self._ms_first = n_ctx, 0.0, 0.0
@@ -64,7 +69,7 @@ class Reader:
         """
         decoder = self.decoder
         decoder.llm.reset()
-        decoder.llm.set_eviction(self.n_ctx, **METHODS["full"].options)
+        decoder.llm.set_eviction(self.n_ctx, **self.READ)
         start = time.perf_counter()
         n = (len(tokens) // self.N_LAST - 1) * self.N_LAST
         n = n if n > 0 else len(tokens) - 1
@@ -80,21 +85,52 @@ class Reader:
         Returns:
             What it took from the whole prompt on, ms.
         """
+        self._read_last(self.n_ctx if budget is None else budget, method)
+        start = time.perf_counter()
+        self.decoder.llm._laq.prompt_end()
+        return 1e3 * (time.perf_counter() - start)
+
+    def _read_last(self, budget: int, method: Method, **changes: Any) -> None:
         decoder = self.decoder
         decoder.load(self._state)
-        options = {**vars(method.config), "pinned": ()}
-        decoder.llm.set_eviction(self.n_ctx if budget is None else budget, **options)
+        options = {**vars(method.config), "pinned": (), **changes}
+        decoder.llm.set_eviction(budget, **options)
         start = time.perf_counter()
         decoder.feed(self._last)
         decoder.logits()  # waits for it
         self.ms_read = self._ms_first + 1e3 * (time.perf_counter() - start)
-        start = time.perf_counter()
-        decoder.llm._laq.prompt_end()
-        return 1e3 * (time.perf_counter() - start)
 
     def close(self) -> None:
         """Free the model."""
         self.decoder.close()
+
+
+class TwoStageReader(Reader):
+    """As Reader, for methods of two stages, with an archive of what SnapKV evicts."""
+
+    READ: ClassVar[dict[str, Any]] = METHODS["snapkv"].options
+    ALLOCATE: ClassVar[dict[str, Any]] = {"kv_recall": "ram"}
+
+    def start(self, method: Method, budget: int | None) -> float:
+        """As Reader's: SnapKV evicts, pseudo tokens are decoded from what is left, their queries
+        recall from all of the prompt, and they are dropped."""
+        assert budget is not None
+        decoder, options = self.decoder, {**vars(method.config), "pinned": ()}
+        self._read_last(budget, method, kv_policy="snapkv")
+        start = time.perf_counter()
+        n_prompt, logits = decoder.n_tokens, decoder.logits().copy()
+        decoder.llm._laq.prompt_end()
+        ahead, _ = freely(decoder, logits, method.config.lookahead_size + 1)
+        n_ahead = decoder.n_tokens - n_prompt
+        if n_ahead == 0:  # the answer has no second token
+            decoder.step(ahead[0])
+            n_ahead = 1
+        decoder.llm.set_eviction(budget + n_ahead, **{**options, "lookahead_size": n_ahead})
+        decoder.llm.recall()
+        if not decoder.rewind(n_prompt):
+            raise RuntimeError("the pseudo tokens could not be dropped")
+        decoder.logits()[:] = logits
+        return 1e3 * (time.perf_counter() - start)
 
 
 class BoundedReader:
@@ -142,13 +178,15 @@ class Readers:
     def __init__(self, args: argparse.Namespace, n_ctx: int) -> None:
         self._args, self._n_ctx = args, n_ctx
         self._methods = [parse_method(name) for name in args.methods]
-        self._open: dict[tuple[str, int | None], Reader | BoundedReader] = {}
+        self._open: dict[tuple[str, int | str | None], Reader | BoundedReader] = {}
         self._bytes_per_cell: dict[str, float] = {}
 
-    def whole(self, type_name: str) -> Reader:
-        """The reader of a K/V type."""
+    def whole(self, type_name: str, two_stages: bool = False) -> Reader:
+        """The reader of a K/V type, for methods of one stage or two."""
+        kind = TwoStageReader if two_stages else Reader
         reader = self._get(
-            (type_name, None), lambda: Reader(self._args, self._n_ctx, type_name, self._methods)
+            (type_name, "two stages" if two_stages else None),
+            lambda: kind(self._args, self._n_ctx, type_name, self._methods),
         )
         assert isinstance(reader, Reader)
         self._bytes_per_cell[type_name] = reader.bytes_per_cell
@@ -171,7 +209,7 @@ class Readers:
         return self._bytes_per_cell[type_name]
 
     def _get(
-        self, key: tuple[str, int | None], make: Callable[[], Reader | BoundedReader]
+        self, key: tuple[str, int | str | None], make: Callable[[], Reader | BoundedReader]
     ) -> Reader | BoundedReader:
         if key not in self._open:
             if self._args.model.stat().st_size > self.ONE_AT_A_TIME:

@@ -6,7 +6,15 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from laq_gguf.bench.curve_tables import curve_table
-from laq_gguf.bench.markdown import Document, Row, mean_of, number, ordered, table
+from laq_gguf.bench.markdown import (
+    Document,
+    Row,
+    command_of,
+    mean_of,
+    number,
+    ordered,
+    table,
+)
 from laq_gguf.bench.methods import share_text
 from laq_gguf.bench.peers_table import peers_rows
 from laq_gguf.bench.quality_tables import size_rows
@@ -142,10 +150,13 @@ def _name(row: Row) -> str:
 
 
 def origin(document: Document, number_of_run: int) -> str:
-    """The command of a document, and what it ran on, as one item of a list."""
+    """The command of a document, its lookahead where all of it has one, and what it ran on, as one
+    item of a list."""
     model, device = document["model"], document.get("device")
+    lookahead = document["settings"].get("lookahead_size")
     return (
-        f"{number_of_run}. `{document['command']}`: {model['file']} (sha256 "
+        f"{number_of_run}. {command_of(document)}: "
+        f"{f'lookahead_size {lookahead}, ' if lookahead else ''}{model['file']} (sha256 "
         f"{model['sha256'][:12]}), commit {document['commit'][:12]}, {document['date'][:10]}, "
         f"{document['machine']['cpu']}, {document['machine']['cores_usable']} cores"
         f"{', ' + device['description'] if device else ''}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laq_gguf.bench import curve_tables, kept_page, peers_table, quality_tables, tables
-from laq_gguf.bench.markdown import Document
+from laq_gguf.bench.markdown import Document, command_of
 from laq_gguf.bench.provenance import SCHEMA
 
 Table = Callable[[Document], str]
@@ -68,7 +68,7 @@ def provenance_lines(document: Document) -> str:
     packages = {**document["versions"], **document.get("peers", {})}
     versions = ", ".join(f"{k} {v}" for k, v in packages.items() if v)
     lines = [
-        f"`{document['command']}`",
+        command_of(document),
         f"{model['file']} (sha256 {model['sha256'][:12]}), commit {document['commit']}, "
         f"{document['date'][:10]}",
         f"{_machine(document)}; {versions}",

@@ -1,7 +1,9 @@
 """Speed: laq_gguf against the plain library, alternating within one run.
 
-Each configuration is a worker process that keeps its model loaded; one worker works at a time, and
-the rounds go through all of them, so that all see the same machine.
+Each configuration is a worker process that keeps its model loaded; one worker works at a time. A
+round reads the prompts and decodes in segments; each segment goes through all workers, in the
+opposite order of the one before, so that all see the same machine. A ratio is that of one segment,
+and a bar looks at the median over all segments: a disturbance spoils the segment that it falls in.
 
 The times to first token are compared by themselves: a worker is a few per cent faster or slower
 than the next for as long as it lives, more than the difference looked for. In every round both
@@ -21,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from laq_gguf.bench import tasks
-from laq_gguf.bench.options import add_common, check_model, integers
+from laq_gguf.bench.options import add_common, add_lookahead, add_policy, check_model, integers
 from laq_gguf.bench.provenance import provenance, write_json
 from laq_gguf.bench.tables import speed_table
 from laq_gguf.bench.worker import Worker, WorkerError
-from laq_gguf.config import round_cells
+from laq_gguf.config import LaqConfig, round_cells
 
-# steps not counted: after a prompt (beyond the lookahead and the eviction), and in each round
+# steps not counted: after a prompt (beyond the lookahead and the eviction), and in each segment
 N_WARM_UP = 4
 
 # most that the first token may take, as a share of stock's time: where the prompt fits the cells,
@@ -56,7 +58,7 @@ class Configuration:
     stats: dict[str, Any] | None = None
 
     def ms_per_step(self) -> list[float]:
-        """Mean step of every round after its warm-up, ms."""
+        """Mean step of every segment after its warm-up, ms."""
         return [statistics.fmean(steps[N_WARM_UP:]) for steps in self.ms_steps]
 
     def to_json(self) -> dict[str, Any]:
@@ -91,13 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=512, help="kv_budget")
     parser.add_argument("--kv-staging", type=int, default=0,
                         help="cells beyond the budget; 0 = the whole prompt fits")  # fmt: skip
-    parser.add_argument("--policy", default="laq++", help="kv_policy")
-    parser.add_argument("--lookahead", choices=("deferred", "pseudo"), default="deferred")
-    parser.add_argument("--lookahead-size", type=int, default=8)
+    add_policy(parser)
+    add_lookahead(parser)
+    parser.add_argument("--lookahead-size", type=int, default=LaqConfig().lookahead_size)
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--first-token-only", action="store_true",
                         help="only the time to first token, against stock with FA on")  # fmt: skip
     parser.add_argument("--n-decode", type=int, default=64, help="tokens decoded in a round")
+    parser.add_argument("--segments", type=int, default=4, help="parts that they are decoded in")
     parser.add_argument("--contexts", type=integers,
                         help="prompt lengths: a sweep over them and --budgets")  # fmt: skip
     parser.add_argument("--budgets", type=integers, help="of the sweep; default: --budget")
@@ -119,6 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from laq_gguf.bench import sweep  # it is built of this module
 
         return sweep.run(args)
+    if not 1 <= args.segments <= args.n_decode:
+        raise ValueError("--segments is from 1 to --n-decode")
     check_plain_lib(args)
     text = read_text(args.text)
     document = provenance(
@@ -237,13 +242,15 @@ def _measure(
         for name in (OURS, LONG_ON) if i % 2 == 0 else (LONG_ON, OURS):
             _progress(f"round {i + 1}/{args.repeat}: first token, {name}")
             _prefill(configurations[name], workers[name], n_settle)
-        for name in configurations if i % 2 == 0 else reversed(configurations):
-            _progress(f"round {i + 1}/{args.repeat}: decode, {name}")
-            c = configurations[name]
-            n_past, n = len(c.tokens) + n_settle, N_WARM_UP + args.n_decode
-            answer = workers[name]("decode", n_past=n_past, n=n)
-            c.ms_steps.append(answer["ms_steps"])
-            c.stats = answer["stats"]
+        _progress(f"round {i + 1}/{args.repeat}: decode, all by turns")
+        for k in range(args.segments):
+            is_even = (i * args.segments + k) % 2 == 0
+            for name in configurations if is_even else reversed(configurations):
+                c = configurations[name]
+                n_past, n = len(c.tokens) + n_settle, N_WARM_UP + args.n_decode // args.segments
+                answer = workers[name]("decode", n_past=n_past, n=n)
+                c.ms_steps.append(answer["ms_steps"])
+                c.stats = answer["stats"]
 
 
 def _prefill(c: Configuration, worker: Worker, n_settle: int) -> None:
@@ -283,7 +290,9 @@ def eviction_ms(times: dict[str, float]) -> float:
 def bars(
     configurations: dict[str, Configuration], limit: float = WHOLE_LIMIT
 ) -> list[dict[str, Any]]:
-    """What is claimed, the values of every round, and whether their median keeps it.
+    """What is claimed, the values, and whether their median keeps it.
+
+    Decoding has a value for every segment, the first token and the eviction for every round.
 
     Args:
         limit: of the time to first token, as a share of stock's.
@@ -299,6 +308,8 @@ def bars(
     ms = {name: c[name].ms_per_step() for name in c}
     full = [min(pair) for pair in zip(ms[LONG_ON], ms[LONG_OFF], strict=True)]
     evicting = [eviction_ms(e) for e in c[OURS].evictions]
+    n = len(full) // len(evicting)
+    full_of_round = [statistics.median(full[i * n : (i + 1) * n]) for i in range(len(evicting))]
     return [
         bar(
             "decode speed / stock's on the short prompt, both FA on",
@@ -319,13 +330,13 @@ def bars(
         first_token,
         bar(
             "eviction, in decode steps of the full cache (faster of FA on, off)",
-            ratios(evicting, full), "< 4", lambda x: x < 4,
+            ratios(evicting, full_of_round), "< 4", lambda x: x < 4,
         ),
     ]  # fmt: skip
 
 
 def bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, Any]:
-    """A claim, the values of every round, and whether their median keeps it."""
+    """A claim, its values, and whether their median keeps it."""
     median = statistics.median(values)
     return {
         "name": name,
@@ -337,7 +348,7 @@ def bar(name: str, values: list[float], wanted: str, passes: Any) -> dict[str, A
 
 
 def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
-    """The quotient of each round."""
+    """The quotients, one by one."""
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     check_plain_lib(args)
     text = read_text(args.text)
-    unused = ("n_ctx_tokens", "n_short_tokens", "first_token_only", "budget", "plain_lib", "text")
+    unused = {"n_ctx_tokens", "n_short_tokens", "segments", "first_token_only", "budget"}
+    unused |= {"plain_lib", "text"}
     kept = {k: v for k, v in settings(args).items() if k not in unused}
     document = provenance("sweep", args.model, {**kept, "budgets": budgets})
     document.update(notes=NOTES, load=[system_load()], results=[])

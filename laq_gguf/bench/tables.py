@@ -25,8 +25,9 @@ def speed_table(document: Document) -> str:
     )
     load = " and ".join(number(value, ".2f") for value in document["load"])
     return (
-        f"{measured}\n\n{bars_table(document)}\n\nMedian (least to most) over rounds; ratios "
-        f"within a round. Load of the machine before and after: {load}."
+        f"{measured}\n\n{bars_table(document)}\n\nMedian (least to most) over the segments and "
+        "rounds in which the configurations take turns; ratios within one. Load of the machine "
+        f"before and after: {load}."
     )
 
 
@@ -262,7 +263,7 @@ def memory_table(document: Document) -> str:
             ("n_ctx", lambda r: f"{r['n_ctx']:,}"),
             ("cells", lambda r: f"{r['n_cells']:,}"),
             ("prompt", lambda r: f"{r['n_prompt']:,}"),
-            ("KV of n_ctx cells, MiB", mib("kv_bytes_full")),
+            ("KV without eviction, MiB", mib("kv_bytes_full")),
             ("KV, MiB", mib("kv_bytes", ".2f")),
             ("KV + queries + graphs, MiB", mib("held")),
             ("/ stock's", lambda r: number(r["held_ratio"], ".3f")),

@@ -26,6 +26,7 @@ from laq_gguf.bench.metrics import kl_divergence, top1_agreement
 from laq_gguf.bench.options import (
     add_common,
     add_eviction,
+    add_policy,
     check_model,
     eviction_options,
     llama_options,
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pieces", type=int, default=3, help="pieces, spread over the text")
     parser.add_argument("--target", type=float, default=0.95, help="top-1 agreement, above 0")
     parser.add_argument("--step", type=int, default=16, help="budgets are multiples of it")
-    parser.add_argument("--policy", default="laq++", help="kv_policy")
+    add_policy(parser)
     parser.add_argument(
         "--kv-staging", type=int, default=0,
         help="cells beyond the budget; 0 = the whole prompt fits",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from laq_gguf.bench.attention import decode_attention, mass_held, mean_attention
+from laq_gguf.bench.captured import Captured
 from laq_gguf.reference import attention_scores, causal_mask
 from tolerances import assert_nmse
 
@@ -60,15 +61,15 @@ def test_attention_of_a_context(native: object, tiny: Path) -> None:
         for token in (5, 6, 7):
             llm.eval([token])
         attention = decode_attention(llm, N_PROMPT)
-        stats = llm.kv_stats()
+        stats, captured = llm.kv_stats(), Captured(llm)
         assert attention.shape == (stats.n_layer, stats.n_head_kv, N_PROMPT)
         for ikv in range(stats.n_layer):
-            positions, queries = llm._laq.queries(ikv)
+            positions, queries = captured.queries(ikv)
             new = positions >= N_PROMPT
             assert positions[new].tolist() == [40, 41, 42]
-            info = llm._laq.layer_info(ikv)
+            info = captured.layer(ikv)
             want = attention_scores(
-                queries[new].swapaxes(0, 1), llm._laq.keys(ikv), scale=info.kq_scale,
+                queries[new].swapaxes(0, 1), captured.keys(ikv), scale=info.kq_scale,
                 mask=causal_mask(positions[new], np.arange(43)),
             )  # fmt: skip
             assert_nmse(attention[ikv], want[:, :N_PROMPT] / 3, 1e-10, f"layer {ikv}")

@@ -159,7 +159,7 @@ def test_speed(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
     done = bench(
         "speed", "--model", model, "--plain-lib", plain_lib, "--text", text, "--n-ctx-tokens", 300,
         "--n-short-tokens", 64, "--budget", 64, "--kv-staging", 128, "--repeat", 2,
-        "--n-decode", 4, "--out", out,
+        "--n-decode", 4, "--segments", 2, "--out", out,
         *ONE_THREAD,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -170,12 +170,12 @@ def test_speed(bench, model: Path, plain_lib: Path, tmp_path: Path) -> None:
     assert not any(c["system"]["patched"] for c in stock)
     assert [c["n_prompt"] for c in document["configurations"]] == [300, 300, 300, 300, 64, 64]
     for c in document["configurations"]:
-        assert [len(steps) - N_WARM_UP for steps in c["ms_steps"]] == [4, 4]
-        assert len(c["decode_tokens_per_s"]) == 2
+        assert [len(steps) - N_WARM_UP for steps in c["ms_steps"]] == [2] * 4
+        assert len(c["decode_tokens_per_s"]) == 4
     for name in ("first_token_s", "first_token_paired_s"):
         assert len(ours[name]) == len(stock[0][name]) == 2
     assert len(ours["evictions"]) == 2 and ours["kv_bytes"] < ours["stats"]["kv_bytes_full"]
-    assert [len(bar["values"]) for bar in document["bars"]] == [2] * 6
+    assert [len(bar["values"]) for bar in document["bars"]] == [4, 4, 4, 4, 2, 2]
     assert bench("report", out).returncode == 0
 
 
@@ -204,6 +204,7 @@ def test_errors_are_one_line_and_status_2(bench, model: Path, tmp_path: Path) ->
         (("memory", "--model", model, "--plain-lib", tmp_path, "--n-ctx", 1024), "at least 1600"),
         (("multiturn", "--model", model, "--data", tmp_path), "no multiturn/squad_multiturn.jsonl"),
         (("chat", "--model", model, "--turns", 0), "at least 1"),
+        (("speed", "--model", model, "--n-decode", 3), "--segments is from 1 to --n-decode"),
         (("report", model.parent / "none.json"), "no result file"),
     ):
         done = bench(*arguments)

@@ -11,7 +11,7 @@ import pytest
 
 from laq_gguf.bench.decoder import Decoder
 from laq_gguf.bench.methods import parse_method
-from laq_gguf.bench.reading import BoundedReader, Reader
+from laq_gguf.bench.reading import BoundedReader, Reader, TwoStageReader
 from tolerances import assert_nmse
 
 PROMPT = [3 + i * 7 % 200 for i in range(300)]
@@ -44,7 +44,7 @@ def test_a_batch_gives_the_logits_of_its_steps(reader: Reader) -> None:
     assert decoder.decode([]).shape == (0, decoder.n_vocab)
 
 
-@pytest.mark.parametrize("name", ["full", "streaming", "snapkv", "laq", "laq++", "position"])
+@pytest.mark.parametrize("name", ["full", "streaming", "snapkv", "laq++"])
 def test_a_method_begins_where_the_prompt_was_read(reader: Reader, tiny: Path, name: str) -> None:
     """As in a cache of its own, whatever another method did with this one before."""
     method = parse_method(name)
@@ -62,6 +62,24 @@ def test_a_method_begins_where_the_prompt_was_read(reader: Reader, tiny: Path, n
         # the last token of the prompt was decoded alone: a score may differ in its last bits
         assert (mine == theirs).mean() > 0.99
         assert_nmse(reader.decoder.logits(), own.logits(), 1e-6, "logits")
+
+
+def test_two_stages_keep_as_much_as_one(reader: Reader, tiny: Path) -> None:
+    method = parse_method("laq")
+    with closing(TwoStageReader(arguments(tiny), 512, "f16")) as two:
+        two.read(PROMPT)
+        kept = []
+        for _ in range(2):
+            two.start(method, 64)
+            stats = two.stats()
+            assert (stats["n_tokens"], stats["n_resident"]) == (len(PROMPT), 64)
+            assert stats["n_recalls"] == len(kept) + 1
+            kept.append(two.decoder.llm.kept_positions())
+        np.testing.assert_array_equal(*kept)
+        reader.start(parse_method("snapkv"), 64)
+        assert (kept[0] != reader.decoder.llm.kept_positions()).any()
+        # the answer begins as the whole prompt says
+        assert_nmse(two.decoder.logits(), reader.decoder.logits(), 1e-6, "logits")
 
 
 def test_a_bounded_reader_goes_back_to_its_prompt(native: object, tiny: Path) -> None:

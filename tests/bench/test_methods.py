@@ -30,22 +30,22 @@ def test_a_name_may_end_in_a_type() -> None:
         "laq++@q8_0", "q8_0", True, False
     )  # fmt: skip
     assert method.config.kv_policy == "laq++" and method.config.lookahead == "pseudo"
-    # 4 sinks, a window of 8, 32 of the lookahead; a window of 32, which the draft of the paper has
+    # 4 sinks, a window of 8, 32 of the lookahead; a window of 32, as the first stage of the paper
     assert [parse_method(n).least for n in ("streaming", "laq++", "snapkv", "laq")] == [
         12,
         44,
         36,
         36,
     ]
-    paper = parse_method("laq").config
-    assert (paper.draft, paper.lookahead_size, paper.follow_size) == ("snapkv", 8, 0)
+    paper = parse_method("laq@q8_0")
+    assert (paper.config.lookahead_size, paper.config.follow_size) == (8, 0)
+    assert paper.two_stages and not parse_method("laq++").two_stages
     assert parse_method("full").type == "f16" and not parse_method("full").evicts
     assert method_names("full,laq,full") == ["full", "laq"]
     for name in METHODS:
         assert parse_method(name).config.kv_policy in name or name in (
             "deferred",
             "bounded",
-            "position",
             "recall",
         )
 
@@ -58,7 +58,7 @@ def test_a_name_may_go_on_with_settings() -> None:
     assert vars(plain.config)["window_size"] == 8, "the method without them is as it was"
     assert method.least == plain.least + 24
     # what the method itself has set may be set otherwise
-    assert parse_method("laq:draft=full:follow_size=32").config.follow_size == 32
+    assert parse_method("laq:follow_size=32").config.follow_size == 32
     bounded = parse_method("bounded:probe_size=96")
     assert bounded.bounded and bounded.config.probe_size == 96
     names = ["laq++", "laq++:n_sink=0"]
@@ -83,14 +83,14 @@ def test_one_cache_takes_the_settings_of_all_methods() -> None:
         ("laq++:n_sink", "is no SETTING=VALUE"),
         ("laq++:", "'' of 'laq..:' is no SETTING=VALUE"),
         ("laq++:kv_policy=laq", "is no SETTING=VALUE; settings: lookahead_size"),
-        ("laq++:probe_size=96", "settings: .*, draft$"),
-        ("bounded:probes=96", "settings: .*, draft, probe_size, chunk_size"),
+        ("laq++:probe_size=96", "settings: .*, value_fit$"),
+        ("laq++:draft=snapkv", "is no SETTING=VALUE"),
+        ("bounded:probes=96", "settings: .*, value_fit, probe_size, chunk_size"),
         ("laq++:window_size=all", "window_size of .* is an int, got 'all'"),
         ("laq++:n_sink=1:n_sink=2", "has n_sink twice"),
         ("laq++:window_size=0", "window_size must be from 1"),
         ("laq++:kernel_size=4", "kernel_size must be odd"),
         ("laq++:pooling=mean", "pooling must be one of none, max, avg; got 'mean'"),
-        ("deferred:draft=snapkv", 'needs lookahead="pseudo"'),
         ("full@q8_0:n_sink=1", "never evicts has no settings"),
     ],
 )

@@ -1,9 +1,11 @@
 """README's numbers are those of the committed results."""
 
+import re
 import runpy
 from pathlib import Path
 
-from laq_gguf.bench import readme
+from laq_gguf.bench import readme, report
+from laq_gguf.config import LaqConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = runpy.run_path(str(ROOT / "scripts" / "bench.py"))
@@ -13,6 +15,24 @@ def test_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert BENCH["measured"](text) == text, "run python scripts/bench.py readme"
     assert "| laq++ | " in text and "KL at 1/8" in text, "the default policy is in the table"
+
+
+def test_readme_says_which_runs_have_the_lookahead_of_today() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    pattern = r"Runs ([\d, toand]+) have the lookahead of today, (\d+) tokens"
+    (said,) = re.findall(pattern, text)
+    default = LaqConfig().lookahead_size
+    assert int(said[1]) == default
+    runs = {
+        i
+        for first, last in re.findall(r"(\d+)(?: to (\d+))?", said[0])
+        for i in range(int(first), int(last or first) + 1)
+    }
+    for i, name in enumerate(BENCH["README_RESULTS"], 1):
+        document = report.read(BENCH["RESULTS"] / f"{name}.json")
+        own = document["settings"].get("lookahead_size")
+        assert i not in runs or own in (None, default), name
+        assert own is None or f"lookahead_size {own}, " in readme.origin(document, i)
 
 
 def test_the_page_of_results_shows_all_of_them() -> None:

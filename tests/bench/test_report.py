@@ -107,6 +107,21 @@ def test_bars_fail() -> None:
         assert {i for i, bar in enumerate(bars) if not bar["passed"]} == failing, change
 
 
+def test_a_bar_is_the_median_of_segments() -> None:
+    """A process beside it that disturbs one segment of a round does not decide."""
+    quiet = configurations(ours=10, long=(50, 40), short=9.5, ttft=1.01)
+    for c in quiet.values():
+        c.ms_steps = c.ms_steps * 2  # three rounds of two segments
+    disturbed = quiet[speed.OURS].ms_steps
+    disturbed[1] = [*[1e6] * speed.N_WARM_UP, 10, 500]
+    quiet[speed.LONG_OFF].ms_steps[4] = [*[1e6] * speed.N_WARM_UP, 900, 900]
+    bars = speed.bars(quiet)
+    assert [bar["median"] for bar in bars] == pytest.approx([0.95, 0.95, 4.0, 2.0, 1.01, 2.5])
+    assert [len(bar["values"]) for bar in bars] == [6, 6, 6, 6, 3, 3]
+    # an eviction is compared with the decoding of its own round, here with (40 + 50) / 2
+    assert bars[-1]["values"] == pytest.approx([2.5, 2.5, 100 / 45])
+
+
 def test_an_eviction_takes_what_the_wall_clock_saw() -> None:
     before = {"n_evictions": 1, "ms_lookahead": 5.0, "ms_score": 1.0, "ms_compact": 2.0}
     after = {"n_evictions": 2, "ms_lookahead": 9.0, "ms_score": 4.0, "ms_compact": 7.0}
