@@ -1,8 +1,10 @@
-"""Write the cffi module of laq.h (out-of-line, ABI mode: no compiler, any Python version).
+"""Write the cffi module of laq.h and laq-test.h (out-of-line, ABI mode: no compiler, any Python
+version).
 
-    python laq_gguf/_cffi_build.py --header native/include/laq.h --output laq_gguf/_laq_cffi.py
+    python laq_gguf/_cffi_build.py --header native/include/laq.h native/include/laq-test.h \\
+        --output laq_gguf/_laq_cffi.py
 
-The declarations are the text of laq.h between LAQ_CDEF_BEGIN and LAQ_CDEF_END; nothing is typed
+The declarations are the text of a header between LAQ_CDEF_BEGIN and LAQ_CDEF_END; nothing is typed
 twice. Runs while the package is being built, so it imports nothing of it.
 """
 
@@ -12,6 +14,7 @@ import argparse
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 BEGIN, END = "LAQ_CDEF_BEGIN", "LAQ_CDEF_END"
@@ -19,31 +22,35 @@ MODULE = "_laq_cffi"
 
 
 def cdef_text(header: str) -> str:
-    """Return the declarations of laq.h in the subset of C that cffi reads.
+    """Return the declarations of a header in the subset of C that cffi reads.
 
     Args:
-        header: the text of laq.h.
+        header: its text.
 
     Raises:
         ValueError: a marker is missing, or a `#define` is not a plain integer.
     """
     parts = re.split(rf"^//\s*(?:{BEGIN}|{END})\s*$", header, flags=re.MULTILINE)
     if len(parts) != 3:
-        raise ValueError(f"laq.h must hold the lines // {BEGIN} and // {END} once each, in order")
+        raise ValueError(
+            f"a header must hold the lines // {BEGIN} and // {END} once each, in order"
+        )
     text = re.sub(r"/\*.*?\*/", " ", parts[1], flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text).replace("LAQ_API ", "")
     for line in re.findall(r"^\s*#.*$", text, flags=re.MULTILINE):
         if not re.fullmatch(r"\s*#define\s+\w+\s+(?:0[xX][0-9a-fA-F]+|\d+)\s*", line):
-            raise ValueError(f"laq.h: cffi reads no preprocessor line but integer #define: {line}")
+            raise ValueError(f"cffi reads no preprocessor line but integer #define: {line}")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def write_module(header: Path, output: Path) -> None:
-    """Write the Python module for `header` to `output`, replacing it only if the text differs."""
+def write_module(headers: Sequence[Path], output: Path) -> None:
+    """Write the Python module for `headers`, each of which may use what those before it declare, to
+    `output`, replacing it only if the text differs."""
     from cffi import FFI
 
     ffi = FFI()
-    ffi.cdef(cdef_text(header.read_text(encoding="utf-8")))
+    for header in headers:
+        ffi.cdef(cdef_text(header.read_text(encoding="utf-8")))
     ffi.set_source(MODULE, None)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f"{MODULE}.py"
@@ -56,8 +63,11 @@ def write_module(header: Path, output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write the cffi module of laq.h.")
-    parser.add_argument("--header", type=Path, required=True, help="native/include/laq.h")
+    parser = argparse.ArgumentParser(description="Write the cffi module of laq.h and laq-test.h.")
+    parser.add_argument(
+        "--header", type=Path, nargs="+", required=True,
+        help="native/include/laq.h native/include/laq-test.h",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help=f"path of {MODULE}.py")
     args = parser.parse_args(argv)
     try:

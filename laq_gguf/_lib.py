@@ -62,8 +62,8 @@ class Native:
 
     Attributes:
         path: the file of libllama that llama_cpp and cffi share.
-        ffi: cffi's FFI with the declarations of laq.h.
-        lib: the functions of laq.h.
+        ffi: cffi's FFI with the declarations of laq.h, and of laq-test.h for tests and benchmarks.
+        lib: the functions of both.
     """
 
     path: Path
@@ -86,28 +86,6 @@ class Native:
     def has_kernel(self, i_device: int, type_k: int, n_embd_head: int) -> bool:
         """Whether a device of `devices` has the fused score kernel for keys of a `ggml_type`."""
         return bool(self.lib.laq_device_has_kernel(i_device, type_k, n_embd_head))
-
-    def time_score(self, device: str, type_k: int, n_embd_head: int, n_kv: int) -> float:
-        """Milliseconds that the keys of one KV head take where recall scores them.
-
-        Args:
-            device: name of one of `devices`; keys in host memory go there first.
-            type_k: `ggml_type` of the keys.
-            n_embd_head: size of a key.
-            n_kv: keys.
-
-        Raises:
-            LaqNativeError: the device has no kernel for them, or no memory.
-        """
-        args, ms = self.ffi.new("struct laq_score_args *"), self.ffi.new("double *")
-        name = self.ffi.new("char[]", device.encode())
-        args.size, args.device = self.ffi.sizeof("struct laq_score_args"), name
-        args.type_k, args.n_embd_head, args.n_kv = type_k, n_embd_head, n_kv
-        # a group of four heads, and the queries of the default settings
-        args.n_head, args.n_head_kv, args.n_queries, args.scale = 4, 1, 16, 1.0
-        args.n_threads = os.cpu_count() or 1
-        self.check("laq_time_score", self.lib.laq_time_score(args, ms))
-        return float(ms[0])
 
     def check(self, function: str, status: int) -> None:
         """Raise for a `laq_status` other than OK.
@@ -169,7 +147,7 @@ def load() -> Native:
         raise LaqLibraryError(
             f"the cffi binding cannot be imported ({error}): install the package, or in a "
             "checkout run python laq_gguf/_cffi_build.py --header native/include/laq.h "
-            "--output laq_gguf/_laq_cffi.py"
+            "native/include/laq-test.h --output laq_gguf/_laq_cffi.py"
         ) from error
     lib = ffi.dlopen(str(path))
     try:
@@ -194,7 +172,7 @@ def load() -> Native:
 
 
 class Attachment:
-    """A `struct laq_cache *` and its context. Must be closed before the context is freed."""
+    """A `struct laq_context *` and its context. Must be closed before the context is freed."""
 
     def __init__(self, native: Native, ctx: int, params: Any) -> None:
         """Attach to a context.
@@ -209,7 +187,7 @@ class Attachment:
         """
         self._native = native
         self._laq: Any = None
-        out = native.ffi.new("struct laq_cache **")
+        out = native.ffi.new("struct laq_context **")
         ptr = native.ffi.cast("struct llama_context *", ctx)
         native.check("laq_attach", native.lib.laq_attach(ptr, params, out))
         self._laq = out[0]
@@ -257,7 +235,7 @@ class Attachment:
         self._call_any("laq_set_params", params)
 
     def recall(self) -> None:
-        """Choose again from archived and resident tokens."""
+        """Choose from archived and resident tokens together."""
         self._call("laq_recall")
 
     @contextmanager
@@ -310,36 +288,6 @@ class Attachment:
         dst = self._native.ffi.from_buffer("int32_t[]", kept, require_writable=True)
         self._call("laq_kept_positions", dst, kept.size)
         return kept
-
-    def layer_info(self, ikv: int) -> Any:
-        """`struct laq_layer_info` of a layer of the KV cache."""
-        info = self._native.ffi.new("struct laq_layer_info *")
-        info.size = self._native.ffi.sizeof("struct laq_layer_info")
-        self._call_any("laq_get_layer_info", ikv, info)
-        return info
-
-    def queries(self, ikv: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Captured queries of a layer after RoPE, oldest first.
-
-        Returns:
-            Their positions (n_queries,), and the queries (n_queries, n_head, d).
-        """
-        info, ffi = self.layer_info(ikv), self._native.ffi
-        positions = np.empty(info.n_queries, np.int32)
-        queries = np.empty((info.n_queries, info.n_head, info.n_embd_head_k), np.float32)
-        where = ffi.from_buffer("int32_t[]", positions, require_writable=True)
-        dst = ffi.from_buffer("float[]", queries, require_writable=True)
-        self._call_any("laq_get_queries", ikv, where, dst, queries.size)
-        return positions, queries
-
-    def keys(self, ikv: int) -> npt.NDArray[np.float32]:
-        """Resident keys of a layer after RoPE, in order of position: (n_resident, n_head_kv, d)."""
-        info = self.layer_info(ikv)
-        n_resident = self.stats(scored=False).n_resident
-        keys = np.empty((n_resident, info.n_head_kv, info.n_embd_head_k), np.float32)
-        dst = self._native.ffi.from_buffer("float[]", keys, require_writable=True)
-        self._call_any("laq_get_keys", ikv, dst, keys.size)
-        return keys
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config, recall
 from ._version import LLAMA_CPP_PYTHON_VERSION, __version__
-from .errors import LaqArgumentError, LaqError, LaqLibraryError, LaqNativeError
+from .errors import LaqArgumentError, LaqError, LaqLibraryError
 
 if TYPE_CHECKING:
     from ._lib import Native
@@ -86,11 +86,12 @@ def _add_cache_flags(add: Any) -> None:
     add(
         "--kv-recall",
         choices=recall.STORES,
-        help="keep what leaves the cells there, and choose again from all of it",
+        help="keep evicted tokens there, and recall the best of all tokens; ram takes the "
+        "memory that the budget saves, unless the cells are on a GPU with memory of its own",
     )
     limit = "bytes of that in host memory, such as 512MiB; the oldest tokens then go to a file"
     add("--kv-recall-limit", type=_limit, metavar="N", help=limit)
-    when = "when tokens are chosen again: once a prompt has been read, also while generating, never"
+    when = "when tokens are recalled: once a prompt has been read, or also while generating"
     add("--recall", choices=recall.RECALLS, default=recall.RecallConfig.recall, help=when)
     add("--type-k", choices=CACHE_TYPES, default="f16", help="type of K in the cache")
     add("--type-v", choices=CACHE_TYPES, default="f16", help="type of V in the cache")
@@ -230,9 +231,12 @@ def _summary(stats: KvStats | None, n_ctx: int) -> str:
     if stats is None:
         return f"KV cache: everything was kept (n_ctx={n_ctx}); set --kv-budget to keep less"
     mib, full = stats.kv_bytes / 2**20, stats.kv_bytes_full / 2**20
+    usable = f"n_ctx={n_ctx}"
+    if stats.n_positions < n_ctx:
+        usable = f"the {stats.n_positions} positions of {usable} that the model can use"
     return (
         f"KV cache: {mib:.1f} MiB ({stats.n_resident} of {stats.n_cells} cells hold the "
-        f"{stats.n_tokens} tokens), instead of {full:.1f} MiB for n_ctx={n_ctx}"
+        f"{stats.n_tokens} tokens), instead of {full:.1f} MiB for {usable}"
     )
 
 
@@ -277,21 +281,6 @@ def _kernels(native: Native, i_device: int) -> str:
     return "; ".join(parts)
 
 
-def _print_recall(native: Native, names: list[str]) -> None:
-    """What scores an archive, on each device; `Llama` measures the same with its model's sizes."""
-    size, n_kv = 128, 8192
-    print(f"recall            scores a KV head of {n_kv} archived f16 keys of {size}")
-    took = {}
-    for name in names:
-        try:
-            took[name] = native.time_score(name, CACHE_TYPES["f16"], size, n_kv)
-        except LaqNativeError as error:
-            print(f"  {name:<15} by the CPU: {error}")
-    for name, ms in took.items():
-        is_slower = "CPU" in took and ms > took["CPU"]
-        print(f"  {name:<15} in {ms:.2f} ms{', so that the CPU does it' if is_slower else ''}")
-
-
 def _doctor(args: argparse.Namespace) -> int:
     from . import _lib
 
@@ -312,7 +301,6 @@ def _doctor(args: argparse.Namespace) -> int:
         size = device.n_total / 2**20
         print(f"device            {device.name}: {device.description}, {size:.0f} MiB")
         print(f"  score kernel    {_kernels(native, i)}")
-    _print_recall(native, [device.name for device in devices])
     print(f"archive's file    in {recall.file_folder() or 'no folder that can be written to'}")
     print(f"features          {llama_cpp.llama_print_system_info().decode('utf-8').strip()}")
     return 0

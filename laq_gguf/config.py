@@ -14,10 +14,8 @@ from typing import Any
 from .errors import LaqArgumentError, LaqModelError
 
 POLICIES = {"full": 0, "laq": 1, "laq++": 2, "snapkv": 3, "streaming": 4, "random": 5}
-LOOKAHEADS = {"deferred": 0, "pseudo": 1, "position": 2}
-DRAFTS = {"full": 0, "snapkv": 1}
+LOOKAHEADS = {"deferred": 0, "pseudo": 1}
 POOLINGS = {"none": 0, "max": 1, "avg": 2}
-SCORE_KERNELS = {"auto": 0, "fused": 1, "composed": 2}
 
 #: policies whose scores come from lookahead queries
 LOOKAHEAD_POLICIES = frozenset({"laq", "laq++"})
@@ -27,9 +25,7 @@ SCORED_POLICIES = LOOKAHEAD_POLICIES | {"snapkv"}
 _CHOICES: dict[str, dict[str, int]] = {
     "kv_policy": POLICIES,
     "lookahead": LOOKAHEADS,
-    "draft": DRAFTS,
     "pooling": POOLINGS,
-    "score_kernel": SCORE_KERNELS,
 }
 _MINIMA = {
     "lookahead_size": 1,
@@ -42,6 +38,7 @@ _MINIMA = {
     "chunk_size": 0,
 }
 _INT32_MAX = 2**31 - 1
+_MAXIMA = {"n_sink": 2**30}
 
 #: llama.cpp rounds the cells of a context up to a multiple of this
 CELL_STEP = 256
@@ -182,8 +179,6 @@ class LaqConfig:
     pooling: str = "max"
     follow_size: int = 32
     value_fit: float = 0.01
-    draft: str = "full"
-    score_kernel: str = "auto"
     probe_size: int = 48
     chunk_size: int = 0
 
@@ -193,18 +188,14 @@ class LaqConfig:
             if not isinstance(value, str) or value not in choices:
                 raise LaqArgumentError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         for name, low in _MINIMA.items():
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
+            high = _MAXIMA.get(name, _INT32_MAX)
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low, high))
         object.__setattr__(self, "value_fit", check_real("value_fit", self.value_fit, 0))
         object.__setattr__(self, "pinned", _spans(self.pinned))
         if self.kernel_size % 2 == 0:
             raise LaqArgumentError(
                 f"kernel_size must be odd (a key and as many neighbours on each side), "
                 f"got {self.kernel_size}"
-            )
-        if self.draft == "snapkv" and self.lookahead != "pseudo":
-            raise LaqArgumentError(
-                'draft="snapkv" says which cache pseudo tokens are drafted from: it needs '
-                f'lookahead="pseudo", got lookahead={self.lookahead!r}'
             )
 
     @property
@@ -370,9 +361,7 @@ class LaqConfig:
         params.size = native.ffi.sizeof("struct laq_params")
         params.policy = POLICIES[self.kv_policy]
         params.lookahead = LOOKAHEADS[self.lookahead]
-        params.draft = DRAFTS[self.draft]
         params.pooling = POOLINGS[self.pooling]
-        params.score_kernel = SCORE_KERNELS[self.score_kernel]
         params.n_ctx = n_ctx
         params.n_kv_budget = budget
         params.n_lookahead = self.lookahead_size

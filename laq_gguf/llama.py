@@ -18,19 +18,8 @@ import llama_cpp  # noqa: E402
 
 from .arguments import check_compatible, check_file, check_names  # noqa: E402
 from .chat import RENDERED, system_prefix  # noqa: E402
-from .config import (  # noqa: E402
-    CONFIG_NAMES,
-    LaqConfig,
-    check_staging,
-    parse_bytes,
-    round_cells,
-)
-from .errors import (  # noqa: E402
-    LaqContextFullError,
-    LaqModelError,
-    LaqNativeError,
-    LaqStateError,
-)
+from .config import CONFIG_NAMES, LaqConfig, check_staging, parse_bytes, round_cells  # noqa: E402
+from .errors import LaqContextFullError, LaqModelError, LaqNativeError, LaqStateError  # noqa: E402
 from .gguf_meta import read_shape  # noqa: E402
 from .parking import ParkingMixin  # noqa: E402
 from .recall import RECALL_NAMES, RecallConfig  # noqa: E402
@@ -70,8 +59,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         pooling: str = "max",
         follow_size: int = 32,
         value_fit: float = 0.01,
-        draft: str = "full",
-        score_kernel: str = "auto",
         probe_size: int = 48,
         chunk_size: int = 0,
         pin_system: bool = True,
@@ -79,10 +66,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         kv_recall_type: str | None = None,
         kv_recall_limit: int | str | None = None,
         recall: str = "turn",
-        recall_rounds: int = 1,
-        recall_device: str = "auto",
-        recall_read: str = "auto",
-        reread_size: int = 256,
         n_ctx: int = 512,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         flash_attn: bool = True,
@@ -94,24 +77,21 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             model_path: the GGUF file.
             kv_budget: tokens per layer and KV head that stay once a prompt has been read: an int,
                 a float between 0 and 1 as a share of n_ctx, or a string such as "512MiB": bytes
-                of the whole KV cache, staging included. None: nothing is attached; the settings
-                below are checked but have nothing to act on.
-            kv_staging: cells beyond the budget, for what is being read and generated. Budget and
-                staging, rounded up to a multiple of 256, are allocated here and never grow. A
-                prompt that fits them is evicted once, with all of it in view; a longer one is
-                read in chunks. None: as large as the budget, but at least 512.
+                of the whole KV cache, staging included. None: nothing is attached (the library is
+                stock llama.cpp's, bit for bit); the settings below are only checked.
+            kv_staging: cells beyond the budget, for what is being read and generated. Both, rounded
+                up to a multiple of 256, are allocated here and never grow. A prompt that fits them
+                is evicted once; a longer one is read in chunks. None: as the budget, at least 512.
             kv_policy: what ranks the tokens: "laq++" (attention of the lookahead queries and of
                 the last window_size prompt queries), "laq" (lookahead queries alone), "snapkv"
                 (the last snapkv_window prompt queries), "streaming" (the most recent tokens),
                 "random" (by seed), "full" (never evict).
-            lookahead: "deferred": the lookahead queries are the first lookahead_size tokens that
-                are really generated; "pseudo": greedy tokens, decoded and dropped before the
-                first one is sampled; "position": newlines at the positions that follow, in one
-                pass, to compare with: nothing is generated.
+            lookahead: "deferred": the first lookahead_size tokens that are really generated;
+                "pseudo": greedy tokens, decoded and dropped before the first one is sampled.
             lookahead_size: lookahead tokens; a probe looks ahead 8 of them at most.
             window_size: last prompt tokens that every head keeps (snapkv: snapkv_window).
             n_sink: first positions, always kept.
-            pinned: spans (first, end) of positions that are always kept.
+            pinned: spans (first, end) of positions that always stay.
             snapkv_window: last prompt tokens that snapkv observes and keeps.
             kernel_size: width of the pooling of scores over neighbouring tokens, odd.
             pooling: "max", "avg" or "none".
@@ -119,51 +99,30 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 attention), "laq++" and "laq" give 3/8 of the free cells to the tokens that follow
                 the best ones within so many positions: the copy goes on there. 0: no head does.
             value_fit: with "laq++" V of the tokens that stay is moved, as little as it takes, until
-                the observed queries get what they got from the whole cache (ridge regression; the
-                values of arXiv 2602.16284). The ridge, in units of squared attention; 0: V stays
-                byte for byte, as it does for what is always kept. An archive has V as it was, and
-                where the CPU scores it, it is part of that whole, also while a prompt is read.
-            draft: the cache that pseudo tokens are drafted from: "full", or "snapkv" (cut to the
-                budget first, as in the paper).
-            score_kernel: "auto", "fused" or "composed" (from existing ggml operations).
-            probe_size: last tokens of a prompt that are read ahead, where it does not fit, to
-                score what has been read; dropped afterwards.
+                the observed queries get what they got before (ridge regression; the values of
+                arXiv 2602.16284). The ridge, in units of squared attention; 0: V stays byte for
+                byte, as it does for what is always kept and in the archive.
+            probe_size: last tokens of a prompt that are read ahead, where it does not fit and there
+                is no archive, to score what has been read; dropped afterwards.
             chunk_size: most tokens of such a prompt between two evictions; 0 = a third of the
                 cells, at most n_batch.
-            pin_system: keep the system turn of a chat whole, found by create_chat_completion.
-            kv_recall: "ram" or "disk": tokens that leave the cells go to an archive there, outside
-                of the device's memory, and the best of all tokens are chosen again later.
+            pin_system: keep the system turn of a chat whole.
+            kv_recall: "ram" or "disk": evicted tokens are archived there. A prompt then attends to
+                cells and archive, and at its end the best of all tokens become resident. "ram"
+                grows with the chat; without a GPU, or with unified memory (a Mac), it takes the
+                memory that the budget saves. None: there is no archive.
             kv_recall_type: type of the archive, "q8_0" or "q4_0"; None: the cache's own, which
                 comes back byte for byte.
             kv_recall_limit: bytes of the archive in host memory, an int or as "512MiB"; the oldest
-                tokens then go to a file. None: "ram": any number, "disk": 0. Each parked chat has
-                an archive with this limit.
-            recall: when tokens are chosen again: "turn" (once a prompt has been read), "always"
-                (also where generating finds no cells), "never" (by `recall()` alone).
-            recall_read: what a prompt, and the lookahead from its end, are decoded in view of once
-                something has left the cells: "archive" (all tokens, by the model's own attention
-                to the cells and the archive), "prompt" (the same for the prompt; its last queries
-                choose what is looked ahead from), "cells", or "auto": "archive" where the cells of
-                all layers are in host memory, "cells" where not.
-            recall_rounds: with "cells": how often a message chooses by the queries of its own last
-                tokens (at most snapkv_window) and is read again, before kv_policy chooses: the
-                first time it was read, what it looks at may not have been there. The choice holds
-                as many tokens as there are cells for, until the lookahead is generated from it.
-                Where values are fitted to the archive, all parts of a prompt that does not fit do
-                the same. 0: nothing is read again, and such a prompt is read with probes.
-            reread_size: tokens at the end of an answer that are read again with the next message,
-                at most: it was generated from the cells alone. With "cells", no more than a
-                quarter of kv_budget are, the message among them.
-            recall_device: what scores archived and resident tokens together: "cpu"; "device": that
-                of the layer's cache, through a buffer allocated here for n_ctx keys of one KV head;
-                "auto": the faster one, measured here.
-            n_ctx: tokens that a conversation may have, rounded up to a multiple of 256 as
-                llama.cpp does; 0 = what the model was trained for. With kv_budget it takes no
-                memory. Beyond the length that the model was trained for nothing is decoded, unless
-                rope_scaling_type, rope_freq_base or rope_freq_scale say how.
+                tokens then go to a file. None: "ram": any number, "disk": 0; of each parked chat.
+            recall: when archived tokens are recalled: "turn" (once a prompt has been read) or
+                "always" (also where generating finds no cells). `recall()` does it at any time.
+            n_ctx: tokens that a conversation may have, rounded up to a multiple of 256; 0 = what
+                the model was trained for. With kv_budget the cells do not grow with it; with
+                kv_recall the compute buffers, allocated here, do. Beyond the trained length nothing
+                is decoded, unless rope_scaling_type, rope_freq_base or rope_freq_scale say how.
             seed: of sampling, and of kv_policy="random".
-            flash_attn: on by default, unlike in llama_cpp.
-            **kwargs: the other keywords of llama_cpp.Llama.
+            flash_attn: on by default, also without kv_budget; llama_cpp's own default is off.
 
         Raises:
             TypeError: unknown keyword.
@@ -184,8 +143,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             pooling=pooling,
             follow_size=follow_size,
             value_fit=value_fit,
-            draft=draft,
-            score_kernel=score_kernel,
             probe_size=probe_size,
             chunk_size=chunk_size,
         )
@@ -194,10 +151,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             kv_recall_type=kv_recall_type,
             kv_recall_limit=kv_recall_limit,
             recall=recall,
-            recall_rounds=recall_rounds,
-            recall_device=recall_device,
-            recall_read=recall_read,
-            reread_size=reread_size,
         )
         self.recall_config.check_policy(kv_policy, evicts=kv_budget is not None)
         self._asked = {
@@ -324,7 +277,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         except BaseException:
             self._requires_eval = True  # the logits are not those of the last token
             if self._laq is not None and not self._laq.is_closed:
-                # what was to be read again after a re-selection may be gone
                 self.n_tokens = min(self.n_tokens, self.kv_stats().n_tokens)
             raise
 
@@ -352,8 +304,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 raise
             stats, why = self.kv_stats(), native.last_error() or "nothing can be evicted"
             reason = {
-                "1": f"no cells for {len(tokens)} tokens: {stats.n_resident} of {stats.n_cells} "
-                f"are in use, and {why}; raise kv_staging or lower kv_budget",
+                "1": f"{len(tokens)} tokens were not decoded with {stats.n_resident} of "
+                f"{stats.n_cells} cells in use: {why}; raise kv_staging or lower kv_budget",
                 "2": "it was aborted by the abort callback",
             }.get(status, "llama.cpp failed; its log says why")
             raise LaqNativeError(f"llama_decode returned {status}: {reason}", 4) from error

@@ -1,4 +1,4 @@
-"""Recall: where tokens go that leave the cache, and when they are chosen from again."""
+"""The archive: where evicted tokens are kept, and when they are recalled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from .errors import LaqArgumentError
 
 STORES = ("ram", "disk")
 #: the values of `enum laq_recall_when`
-RECALLS = {"never": 0, "turn": 1, "always": 2}
+RECALLS = {"turn": 0, "always": 1}
 #: types that an archive can have instead of the cache's: the values of `enum ggml_type`
 RECALL_TYPES = {"q8_0": 8, "q4_0": 2}
-#: the values of `enum laq_recall_read`
-RECALL_READS = {"auto": 0, "archive": 1, "cells": 2, "prompt": 3}
-#: the values of `enum laq_recall_device`
-RECALL_DEVICES = {"auto": 0, "cpu": 1, "device": 2}
 _NO_LIMIT = 2**64 - 1
 
 
@@ -36,28 +32,14 @@ class RecallConfig:
     kv_recall_type: str | None = None
     kv_recall_limit: int | str | None = None
     recall: str = "turn"
-    recall_rounds: int = 1
-    recall_device: str = "auto"
-    recall_read: str = "auto"
-    reread_size: int = 256
 
     def __post_init__(self) -> None:
         _check_choice("kv_recall", self.kv_recall, (None, *STORES))
         _check_choice("kv_recall_type", self.kv_recall_type, (None, *RECALL_TYPES))
         _check_choice("recall", self.recall, tuple(RECALLS))
-        _check_choice("recall_device", self.recall_device, tuple(RECALL_DEVICES))
-        _check_choice("recall_read", self.recall_read, tuple(RECALL_READS))
-        check_integer("recall_rounds", self.recall_rounds, 0, 16)
-        check_integer("reread_size", self.reread_size, 1, 2**20)
         self.limit()
-        unset = {
-            "kv_recall_type": None,
-            "kv_recall_limit": None,
-            "recall_device": "auto",
-            "recall_read": "auto",
-        }
-        for name, value in unset.items():
-            if self.kv_recall is None and getattr(self, name) != value:
+        for name in ("kv_recall_type", "kv_recall_limit"):
+            if self.kv_recall is None and getattr(self, name) is not None:
                 raise LaqArgumentError(
                     f'{name} is of the archive, and there is none: give kv_recall="ram" or "disk"'
                 )
@@ -72,14 +54,13 @@ class RecallConfig:
         return check_integer("kv_recall_limit", limit, 0, _NO_LIMIT)
 
     def check_policy(self, kv_policy: str, evicts: bool = True) -> None:
-        """Raise LaqArgumentError for a policy that has nothing to choose again by, or for a cache
-        that nothing leaves."""
+        """Raise LaqArgumentError for a policy without scores, or for a cache that never evicts."""
         if self.kv_recall is not None and not evicts:
-            raise LaqArgumentError("kv_recall keeps what leaves the cells: give kv_budget as well")
+            raise LaqArgumentError("kv_recall keeps evicted tokens: give kv_budget as well")
         if self.kv_recall is not None and kv_policy not in SCORED_POLICIES:
             raise LaqArgumentError(
-                f"kv_recall chooses again by attention, and kv_policy={kv_policy!r} does not look "
-                f"at it: use {', '.join(sorted(SCORED_POLICIES))}"
+                f"kv_recall chooses by attention, and kv_policy={kv_policy!r} does not look at it: "
+                f"use {', '.join(sorted(SCORED_POLICIES))}"
             )
 
     def to_native(self, native: Any, params: Any) -> Any:
@@ -92,10 +73,6 @@ class RecallConfig:
         params.archive_type = RECALL_TYPES.get(self.kv_recall_type or "", -1)
         params.archive_limit = self.limit()
         params.recall = RECALLS[self.recall]
-        params.n_recall_rounds = self.recall_rounds
-        params.n_reread = self.reread_size
-        params.recall_device = RECALL_DEVICES[self.recall_device]
-        params.recall_read = RECALL_READS[self.recall_read]
         folder = file_folder() if self.kv_recall is not None else None
         if self.kv_recall == "disk" and folder is None:
             raise LaqArgumentError(

@@ -42,7 +42,9 @@ class StateMixin:
         """
         laq = self._attached("kv_stats()")
         stats: KvStats = laq.stats(self.laq_config.kv_policy in SCORED_POLICIES)
-        return replace(stats, **self._parked_stats())
+        full = stats.kv_bytes_full // stats.n_ctx * self._n_ctx
+        parked = self._parked_stats()
+        return replace(stats, kv_bytes_full=full, n_positions=self._n_ctx, **parked)
 
     def kept_positions(self: Any) -> npt.NDArray[np.int32]:
         """Position of every resident token, ascending: int32 (n_layer, n_head_kv, n_resident).
@@ -53,7 +55,7 @@ class StateMixin:
         return self._attached("kept_positions()").kept_positions()
 
     def recall(self: Any) -> None:
-        """Choose again from all tokens, archived and resident, by the last ones decoded.
+        """Choose from all tokens, archived and resident, by the last ones decoded.
 
         Raises:
             LaqStateError: the model was made without kv_budget, or is closed.
@@ -188,8 +190,10 @@ class StateMixin:
 
         Args:
             path: the file.
-            archive: with kv_recall: whether the file carries what left the cells. Without it, that
-                is lost to the conversation that goes on from the file, and kv_stats() counts it.
+            archive: with kv_recall: whether the file carries the archive. Without it, what only the
+                archive holds is lost to the conversation that goes on from the file: kv_stats()
+                counts it. Its next prompt attends to the tokens that every head holds in a cell,
+                and no others.
 
         Raises:
             LaqStateError: the model was made without kv_budget, or the file cannot be written.
@@ -221,6 +225,9 @@ class StateMixin:
         saved = session.read_session(path)
         session.check_header(saved.header, self._session_settings())
         self._check_room(len(saved.tokens))
+        prefix = saved.header.get("pinned_prefix") or []
+        if not isinstance(prefix, list) or not all(type(token) is int for token in prefix):
+            raise LaqStateError(f"{path} is damaged: pinned_prefix is no list of tokens")
         self._restore_sequence(saved.state)
         self._take_tokens(saved.tokens)
-        self._pinned_prefix = list(saved.header.get("pinned_prefix") or ())
+        self._pinned_prefix = prefix

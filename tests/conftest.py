@@ -4,6 +4,8 @@ env: LAQ_MODEL_SMOLLM2  path of SmolLM2-135M-Instruct in GGUF, for the tests mar
 env: LAQ_LIB_PATH       folder of a developer's build; default: the installed package's own
 env: LAQ_PLAIN_LIB      folder of the libraries built without patches; default: build/plain/bin
 env: LAQ_COMPACT        what moves K and V at an eviction: "host" or "graph"; tests set it
+env: LAQ_SCORE          "composed": scores come from existing operations; tests set it
+env: LAQ_CELLS          "device": cells in host memory are treated as a device's; tests set it
 env: LAQ_PROPERTY_EXAMPLES  see property/test_cache.py
 """
 

@@ -1,4 +1,4 @@
-"""A prompt read in view of its archive gives what a cache with room for all gives, to the bit."""
+"""A prompt that attends to cells and archive gives what a cache with room for all gives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ import device
 from integration.decoding import greedy, open_llama, tokens_of
 from integration.test_archive import file_of_archive
 from integration.test_recall import SETTINGS, last_logits, turn
-from laq_gguf.errors import LaqUnsupportedError
+from laq_gguf.errors import LaqNativeError, LaqUnsupportedError
 from parity.rows import ggml_type
 from tolerances import assert_equal, assert_nmse, nmse
 
-ARCHIVE = {**SETTINGS, "recall_read": "archive"}
-PROMPT = {**SETTINGS, "recall_read": "prompt"}
 N_PROMPT = 700
 #: of logits, where sums have another order: an answer that is read again is read in one batch
 NMSE = 1e-8
@@ -34,24 +32,36 @@ def whole(tiny_gguf: Callable[..., Path], prompt: list[int], **settings: Any) ->
     return llm
 
 
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells in host memory are treated as if they were a device's."""
+    monkeypatch.setenv("LAQ_CELLS", "device")
+
+
+@pytest.mark.parametrize("cells", ["host", "device"])
 @pytest.mark.parametrize("flash_attn", [True, False])
 @pytest.mark.parametrize(
     "archive", [{}, {"kv_recall": "disk"}, {"kv_recall_limit": "64KiB"}], ids=str
 )
 def test_logits_are_those_of_the_whole_cache(
-    tiny_gguf: Callable[..., Path], flash_attn: bool, archive: dict[str, Any]
+    tiny_gguf: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    flash_attn: bool,
+    archive: dict[str, Any],
+    cells: str,
 ) -> None:
+    monkeypatch.setenv("LAQ_CELLS", cells)
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt, flash_attn=flash_attn))
-    if archive and not device.ON_CPU:
-        pytest.skip("from a device what is in a file is not attended to")
-    llm = open_llama(tiny_gguf("llama"), flash_attn=flash_attn, **{**ARCHIVE, **archive})
+    llm = open_llama(tiny_gguf("llama"), flash_attn=flash_attn, **{**SETTINGS, **archive})
     before = llm.kv_stats()
     llm.eval(prompt)
     stats = llm.kv_stats()
     assert_equal(last_logits(llm), wanted, "logits")
     assert stats.n_attended > 400 and stats.n_decoded == N_PROMPT
-    assert stats.n_probe == stats.n_recalls == stats.n_lost == 0
+    assert stats.n_probe == stats.n_lost == 0
+    # what it is looked ahead from
+    assert stats.n_recalls == (1 if cells == "device" or not device.ON_CPU else 0)
     for name in ("kv_bytes", "ring_bytes", "compute_bytes", "n_cells"):
         assert getattr(stats, name) == getattr(before, name), f"{name}: nothing is allocated"
 
@@ -61,7 +71,7 @@ def test_cells_of_other_types(tiny_gguf: Callable[..., Path], cache_type: str) -
     types = {"type_k": ggml_type(cache_type), "type_v": ggml_type(cache_type)}
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt, **types))
-    llm = open_llama(tiny_gguf("llama"), **ARCHIVE, **types)
+    llm = open_llama(tiny_gguf("llama"), **SETTINGS, **types)
     llm.eval(prompt)
     assert_equal(last_logits(llm), wanted, "logits")
 
@@ -69,20 +79,21 @@ def test_cells_of_other_types(tiny_gguf: Callable[..., Path], cache_type: str) -
 def test_an_archive_of_a_smaller_type_costs_what_it_rounds(tiny_gguf: Callable[..., Path]) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     wanted = last_logits(whole(tiny_gguf, prompt))
-    llm = open_llama(tiny_gguf("llama"), kv_recall_type="q8_0", **ARCHIVE)
+    llm = open_llama(tiny_gguf("llama"), kv_recall_type="q8_0", **SETTINGS)
     llm.eval(prompt)
-    cells = open_llama(tiny_gguf("llama"), **{**ARCHIVE, "recall_read": "cells"})
-    cells.eval(prompt)
-    error = [float(np.square(last_logits(x) - wanted).mean()) for x in (llm, cells)]
+    probed = open_llama(tiny_gguf("llama"), kv_budget=64, kv_staging=192)
+    probed.eval(prompt)
+    error = [float(np.square(last_logits(x) - wanted).mean()) for x in (llm, probed)]
     assert 0 < error[0] < 0.05 * error[1]
 
 
+@pytest.mark.skipif(not device.ON_CPU, reason="on a device it is looked ahead from the cells")
 def test_the_first_tokens_of_an_answer_are_the_whole_cache_s(
     tiny_gguf: Callable[..., Path],
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     full = whole(tiny_gguf, prompt)
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **ARCHIVE)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", **SETTINGS)
     llm.eval(prompt)
     for token in tokens_of(8, seed=2):
         assert llm.kv_stats().pending
@@ -96,12 +107,13 @@ def test_the_first_tokens_of_an_answer_are_the_whole_cache_s(
     assert stats.n_attended == n_attended, "what follows comes from the cells alone"
 
 
+@pytest.mark.skipif(not device.ON_CPU, reason="on a device it is looked ahead from the cells")
 @pytest.mark.parametrize("value_fit", [0.0, 0.01])
 def test_what_stays_is_what_stays_of_the_whole_cache(
     tiny_gguf: Callable[..., Path], value_fit: float
 ) -> None:
     prompt, kept, logits = tokens_of(N_PROMPT, seed=1), [], []
-    for settings in (ARCHIVE, {"kv_budget": 64, "kv_staging": 1200}):
+    for settings in (SETTINGS, {"kv_budget": 64, "kv_staging": 1200}):
         settings = {**settings, "lookahead": "pseudo", "n_ctx": 1536, "value_fit": value_fit}
         llm = open_llama(tiny_gguf("llama"), **settings)
         llm.eval(prompt)
@@ -114,12 +126,12 @@ def test_what_stays_is_what_stays_of_the_whole_cache(
 
 
 @pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
-def test_a_prompt_alone_in_view_of_the_archive(
-    tiny_gguf: Callable[..., Path], lookahead: str
+def test_on_a_device_a_prompt_is_looked_ahead_from_what_it_recalls(
+    tiny_gguf: Callable[..., Path], as_on_a_device: None, lookahead: str
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
     full = whole(tiny_gguf, prompt)
-    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **PROMPT)
+    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **SETTINGS)
     n_free = llm.kv_stats().n_cells - 8
     llm.eval(prompt)
     assert_equal(last_logits(llm), last_logits(full), "logits")
@@ -135,12 +147,14 @@ def test_a_prompt_alone_in_view_of_the_archive(
     assert (stats.n_attended, stats.n_recalls) == (n_attended, 2), "looked ahead from the cells"
 
 
-def test_what_the_prompt_chooses_is_fitted_to_all_of_it(tiny_gguf: Callable[..., Path]) -> None:
+def test_what_the_prompt_recalls_is_fitted_to_all_of_it(
+    tiny_gguf: Callable[..., Path], as_on_a_device: None
+) -> None:
     prompt, token, errors = tokens_of(N_PROMPT, seed=1), tokens_of(1, seed=2), []
     full = whole(tiny_gguf, prompt)
     full.eval(token)
     for value_fit in (0.0, 0.01):
-        llm = open_llama(tiny_gguf("llama"), value_fit=value_fit, **PROMPT)
+        llm = open_llama(tiny_gguf("llama"), value_fit=value_fit, **SETTINGS)
         llm.eval(prompt)
         llm.eval(token)
         errors.append(nmse(last_logits(llm), last_logits(full)))
@@ -149,7 +163,7 @@ def test_what_the_prompt_chooses_is_fitted_to_all_of_it(tiny_gguf: Callable[...,
 
 def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., Path]) -> None:
     exact = {"type_k": ggml_type("f32"), "type_v": ggml_type("f32"), "flash_attn": False}
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **ARCHIVE, **exact)
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **SETTINGS, **exact)
     prompt = turn(llm, [], 1, N_PROMPT)
     assert llm.kv_stats().n_reread == 0
     prompt += tokens_of(30, seed=3)
@@ -161,11 +175,11 @@ def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., 
 
 
 @pytest.mark.parametrize("lookahead", ["deferred", "pseudo"])
-def test_a_prompt_that_is_set_aside_goes_on_in_view_of_all(
+def test_a_prompt_that_is_parked_goes_on_to_attend(
     tiny_gguf: Callable[..., Path], lookahead: str
 ) -> None:
     prompt = tokens_of(N_PROMPT, seed=1)
-    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **ARCHIVE)
+    llm = open_llama(tiny_gguf("llama"), lookahead=lookahead, **SETTINGS)
     laq, prompt_next = llm._laq, llm._laq.prompt_next
 
     def set_aside(left: Any) -> int:
@@ -179,9 +193,8 @@ def test_a_prompt_that_is_set_aside_goes_on_in_view_of_all(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self")
-@pytest.mark.skipif(not device.ON_CPU, reason="from a device what is in a file is not attended to")
-def test_what_is_lost_on_the_way_is_not_looked_at(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **{**ARCHIVE, "kv_recall": "disk"})
+def test_what_is_lost_on_the_way_is_not_attended_to(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="pseudo", **{**SETTINGS, "kv_recall": "disk"})
     prompt = turn(llm, [], 1, N_PROMPT)
     os.truncate(file_of_archive(), 0)
     prompt = turn(llm, prompt, 2)
@@ -189,28 +202,33 @@ def test_what_is_lost_on_the_way_is_not_looked_at(tiny_gguf: Callable[..., Path]
     assert stats.n_lost > 0 and np.isfinite(last_logits(llm)).all()
     n_attended = stats.n_attended
     turn(llm, prompt, 3)
-    assert llm.kv_stats().n_attended == n_attended, "from the cells, since the archive has a gap"
+    assert llm.kv_stats().n_attended > n_attended, "it attends to what there is"
+    assert np.isfinite(last_logits(llm)).all()
 
 
 def test_a_long_lookahead_and_a_large_batch(tiny_gguf: Callable[..., Path]) -> None:
-    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", n_batch=512, **ARCHIVE)
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", n_batch=512, **SETTINGS)
     prompt = turn(llm, [], 1, N_PROMPT)
     assert llm.kv_stats().n_attended > 400
     answer = greedy(llm, prompt, 30)
     assert len(answer) == 30
 
 
-def test_auto_reads_in_view_of_the_archive_where_the_cells_are_in_host_memory(
-    tiny_gguf: Callable[..., Path],
-) -> None:
-    llm = open_llama(tiny_gguf("llama"), **SETTINGS)
+@pytest.mark.skipif(not device.ON_CPU, reason="on a device n_ubatch tokens attend at once")
+def test_more_than_can_attend_at_once_are_refused(tiny_gguf: Callable[..., Path]) -> None:
+    llm = open_llama(tiny_gguf("llama"), lookahead="deferred", kv_staging=448, **{
+        name: value for name, value in SETTINGS.items() if name != "kv_staging"
+    })  # fmt: skip
     llm.eval(tokens_of(N_PROMPT, seed=1))
-    assert (llm.kv_stats().n_attended > 0) == device.ON_CPU
-    disk = open_llama(tiny_gguf("llama"), **{**ARCHIVE, "kv_recall": "disk"})
-    disk.eval(tokens_of(N_PROMPT, seed=1))
-    assert (disk.kv_stats().n_attended > 0) == device.ON_CPU, "the archive is in a file"
+    assert llm.kv_stats().pending
+    with pytest.raises(LaqNativeError, match="128"):
+        llm._decode(tokens_of(129, seed=2))
+    stats = llm.kv_stats()
+    assert stats.pending and stats.n_tokens == N_PROMPT
+    llm._decode(tokens_of(128, seed=2))
+    assert llm.kv_stats().n_tokens == N_PROMPT + 128
 
 
 def test_what_cannot_be_is_refused(tiny_gguf: Callable[..., Path]) -> None:
     with pytest.raises(LaqUnsupportedError, match="sliding"):
-        open_llama(tiny_gguf("gemma3"), **ARCHIVE)
+        open_llama(tiny_gguf("gemma3"), **SETTINGS)

@@ -25,7 +25,8 @@ def test_bytes_are_those_of_the_cells(smollm2: Path, name: str) -> None:
     assert llm.n_ctx() == 131072
     before = llm.kv_stats()
     assert before.n_cells == 768 and before.kv_bytes == 768 * CELL_BYTES[name]
-    assert before.kv_bytes_full == 131072 * CELL_BYTES[name]
+    assert before.n_positions == 8192, "what the model was trained for"
+    assert before.kv_bytes_full == 8192 * CELL_BYTES[name]
     assert before.compute_bytes > 0
     tokens = llm.generate(tokens_of(1200), temp=0.0)
     for _ in islice(tokens, 540):
@@ -196,10 +197,33 @@ def test_long_and_short_rope_factors_follow_the_logical_length(
         assert (logits(llm) == expected).all()
 
 
+def test_what_grows_with_n_ctx_and_with_the_chat(tiny_gguf: Callable[..., Path]) -> None:
+    """Cells never; with an archive compute buffers, at construction, and its host memory."""
+    size = {"kv_budget": 64, "kv_staging": 192}
+    for kv_recall in (None, "ram"):
+        made = [
+            open_llama(tiny_gguf("llama"), n_ctx=n_ctx, kv_recall=kv_recall, **size)
+            for n_ctx in (1024, 2048)
+        ]
+        small, large = (llm.kv_stats() for llm in made)
+        assert (small.kv_bytes, small.ring_bytes) == (large.kv_bytes, large.ring_bytes)
+        assert (large.compute_bytes > small.compute_bytes) == (kv_recall == "ram")
+        held = []
+        for _ in range(3):
+            made[1].eval(tokens_of(400))
+            stats = made[1].kv_stats()
+            assert (stats.kv_bytes, stats.compute_bytes) == (large.kv_bytes, large.compute_bytes)
+            held.append(stats.archive_bytes)
+        assert (0 < held[0] < held[1] < held[2]) == (kv_recall == "ram")
+
+
 @pytest.mark.parametrize("call", ["eval", "generate", "completion"])
 def test_beyond_the_trained_length_is_refused(tiny_gguf: Callable[..., Path], call: str) -> None:
     llm = open_llama(tiny_gguf("llama", n_ctx_train=512), n_ctx=4096, kv_budget=64)
     assert llm.n_ctx() == 4096
+    stats = llm.kv_stats()
+    assert stats.n_positions == 512
+    assert stats.kv_bytes_full == 512 * stats.kv_bytes // stats.n_cells
     prompt = tokens_of(513)
     calls = {
         "eval": lambda: llm.eval(prompt),
@@ -218,6 +242,8 @@ def test_beyond_the_trained_length_is_refused(tiny_gguf: Callable[..., Path], ca
     stretched.eval(prompt)
     with pytest.raises(LaqContextFullError, match="trained for 1024"):
         stretched.eval(prompt)
+    stats = stretched.kv_stats()
+    assert stats.kv_bytes_full == 1024 * stats.kv_bytes // stats.n_cells
 
 
 def test_aborted_prompt_leaves_the_object_usable(tiny_gguf: Callable[..., Path]) -> None:

@@ -33,7 +33,7 @@ CASES = {
     "no FlashAttention, disk": {"flash_attn": False, "kv_recall": "disk"},
     "pseudo": {"lookahead": "pseudo"},
     "pseudo, no FlashAttention": {"lookahead": "pseudo", "flash_attn": False},
-    "draft": {"lookahead": "pseudo", "draft": "snapkv"},
+    "laq": {"kv_policy": "laq"},
     "always": {"recall": "always"},
     "no archive": {"kv_recall": None},
 }

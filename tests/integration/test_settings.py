@@ -15,8 +15,7 @@ from laq_gguf.errors import LaqArgumentError, LaqNativeError, LaqStateError
 PSEUDO = {"lookahead": "pseudo"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "laq++ pseudo": {"kv_budget": 64, **PSEUDO},
-    "laq, draft snapkv": {"kv_budget": 72, "kv_policy": "laq", "draft": "snapkv", **PSEUDO},
-    "position": {"kv_budget": 64, "lookahead": "position"},
+    "laq pseudo": {"kv_budget": 72, "kv_policy": "laq", **PSEUDO},
     "deferred, smaller windows": {"kv_budget": 48, "window_size": 4, "lookahead_size": 6},
     "snapkv": {"kv_budget": 64, "kv_policy": "snapkv"},
     "streaming, pinned": {"kv_budget": 64, "kv_policy": "streaming", "pinned": [(40, 50)]},
@@ -38,7 +37,7 @@ def test_as_if_made_with_them(tiny_gguf: Callable[..., Path]) -> None:
     for name, settings in SETTINGS.items():
         # every setting that an earlier one changed is given, or it would stay
         defaults = {
-            "kv_policy": "laq++", "lookahead": "deferred", "draft": "full", "pinned": (),
+            "kv_policy": "laq++", "lookahead": "deferred", "pinned": (),
             "window_size": 8, "lookahead_size": 8,
         }  # fmt: skip
         llm.set_eviction(**{**defaults, **settings})
@@ -59,7 +58,7 @@ def test_nothing_is_allocated(tiny_gguf: Callable[..., Path]) -> None:
         if "pinned" not in settings:
             llm.set_eviction(**settings)
             begin(llm, tokens_of(300))
-            llm.set_eviction(kv_policy="laq++", lookahead="deferred", draft="full")
+            llm.set_eviction(kv_policy="laq++", lookahead="deferred")
     after = llm.kv_stats()
     for name in ("n_cells", "kv_bytes", "ring_bytes", "compute_bytes"):
         assert getattr(before, name) == getattr(after, name)
@@ -90,10 +89,9 @@ def test_what_cannot_be_changed_is_refused(tiny_gguf: Callable[..., Path]) -> No
         ({"kv_budget": 8}, LaqArgumentError, "are always kept"),
         ({"kv_budget": 600}, LaqArgumentError, "above n_ctx=512"),
         ({"kv_policy": "lak"}, LaqArgumentError, "kv_policy must be one of"),
-        ({"lookahead": "position", "draft": "snapkv"}, LaqArgumentError, "draft"),
+        ({"lookahead": "position"}, LaqArgumentError, "lookahead must be one of"),
         ({"window_size": 50}, LaqNativeError, "need more queries than were allocated"),
         ({"lookahead_size": 9}, LaqNativeError, "need more queries than were allocated"),
-        ({"score_kernel": "composed"}, LaqNativeError, "score_kernel is that of laq_attach"),
     ):
         before = (llm.laq_config, llm.kv_budget)
         with pytest.raises(error, match=words):
@@ -136,5 +134,5 @@ def test_null_and_sizes_are_checked(native: Any, tiny_gguf: Callable[..., Path])
     params.n_ctx = 1024
     assert lib.laq_set_params(laq, params) == lib.LAQ_STATUS_INVALID_ARGUMENT
     params.n_ctx = 0
-    params.draft, params.lookahead = lib.LAQ_DRAFT_SNAPKV, lib.LAQ_LOOKAHEAD_POSITION
+    params.lookahead = 2
     assert lib.laq_set_params(laq, params) == lib.LAQ_STATUS_INVALID_ARGUMENT

@@ -64,8 +64,6 @@ def test_free_values_alone_change(
     [
         {"kv_policy": "laq"},
         {"kv_policy": "snapkv"},
-        {"lookahead": "position"},
-        {"draft": "snapkv"},
     ],
     ids=str,
 )

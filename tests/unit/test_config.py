@@ -34,15 +34,14 @@ def never() -> int:
     [
         ("kv_policy", "h2o", "full, laq, laq\\+\\+, snapkv, streaming, random"),
         ("kv_policy", 2, "kv_policy must be one of"),
-        ("lookahead", "none", "deferred, pseudo"),
-        ("draft", "tiny", "full, snapkv"),
+        ("lookahead", "position", "deferred, pseudo; got"),
         ("pooling", "min", "none, max, avg"),
-        ("score_kernel", "cuda", "auto, fused, composed"),
         ("lookahead_size", 0, "lookahead_size must be from 1"),
         ("lookahead_size", 2.5, "lookahead_size must be an int"),
         ("lookahead_size", True, "lookahead_size must be an int"),
         ("window_size", 0, "window_size must be from 1"),
         ("n_sink", -1, "n_sink must be from 0"),
+        ("n_sink", 2**30 + 1, "n_sink must be from 0 to 1073741824"),
         ("snapkv_window", 0, "snapkv_window must be from 1"),
         ("kernel_size", 4, "kernel_size must be odd"),
         ("follow_size", -1, "follow_size must be from 0 to"),
@@ -71,12 +70,6 @@ def test_arguments_are_value_errors_too() -> None:
         LaqConfig(pooling="min")
     with pytest.raises(LaqError):
         LaqConfig(pooling="min")
-
-
-def test_snapkv_draft_needs_pseudo_tokens() -> None:
-    with pytest.raises(LaqArgumentError, match='lookahead="pseudo"'):
-        LaqConfig(draft="snapkv")
-    assert LaqConfig(draft="snapkv", lookahead="pseudo").draft == "snapkv"
 
 
 @pytest.mark.parametrize(
@@ -343,15 +336,13 @@ def test_every_setting_arrives_in_the_native_struct(native: Native) -> None:
     config = LaqConfig(
         kv_policy="snapkv", lookahead="pseudo", lookahead_size=5, window_size=9, n_sink=2,
         pinned=[(7, 9), (20, 21)], snapkv_window=17, kernel_size=3, pooling="avg",
-        follow_size=6, value_fit=0.25, draft="snapkv", score_kernel="composed", probe_size=33,
-        chunk_size=44,
+        follow_size=6, value_fit=0.25, probe_size=33, chunk_size=44,
     )  # fmt: skip
     params, spans = config.to_native(native, budget=99, n_ctx=8000, seed=-1)
     lib = native.lib
     assert params.size == native.ffi.sizeof("struct laq_params")
     assert (params.policy, params.lookahead) == (lib.LAQ_POLICY_SNAPKV, lib.LAQ_LOOKAHEAD_PSEUDO)
-    assert (params.draft, params.pooling) == (lib.LAQ_DRAFT_SNAPKV, lib.LAQ_POOLING_AVG)
-    assert params.score_kernel == lib.LAQ_SCORE_KERNEL_COMPOSED
+    assert params.pooling == lib.LAQ_POOLING_AVG
     assert (params.n_kv_budget, params.n_lookahead, params.n_window) == (99, 5, 9)
     assert (params.n_window_snapkv, params.n_sink, params.n_kernel) == (17, 2, 3)
     assert (params.n_follow, params.value_fit) == (6, 0.25)
