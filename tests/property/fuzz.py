@@ -342,7 +342,7 @@ def rss() -> int:
 def limit_memory() -> None:
     """What is allocated from here on is bounded."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
-    if pages and "ASAN_OPTIONS" not in os.environ:  # it maps far more than it uses
+    if pages:
         most = pages * os.sysconf("SC_PAGE_SIZE") + HEADROOM
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 

@@ -29,6 +29,10 @@ SEED = os.environ.get("LAQ_FUZZ_SEED", "0")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "ASAN_OPTIONS" in os.environ,
+    reason="the sanitized build has ggml's asserts, which end at rows that are no numbers",
+)
 def test_readers_take_any_bytes(
     native: Any, tiny_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
