@@ -286,7 +286,7 @@ laq_status laq_flush(laq_context * laq, int32_t seq_id) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
         if (laq->seqs[seq_id].phase.is(laq_phase::WAITING)) {
-            laq_evict_waiting(*laq, seq_id, true);
+            laq_evict_waiting(*laq, seq_id);
         }
     });
 }
@@ -307,9 +307,9 @@ laq_status laq_evict(laq_context * laq, int32_t seq_id, uint32_t n_keep) {
 laq_status laq_recall(laq_context * laq, int32_t seq_id) {
     return laq_guarded([&] {
         laq_check_seq(laq, seq_id);
-        laq_check(laq->facts.with_archive, "there is no archive to recall from: use kv_recall");
+        laq_check(laq->params.archive != 0, "there is no archive to recall from: use kv_recall");
         if (laq->seqs[seq_id].phase.is(laq_phase::WAITING)) {
-            laq_evict_waiting(*laq, seq_id, true);
+            laq_evict_waiting(*laq, seq_id);
         } else if (laq->has_archived(seq_id)) {
             laq_evict_to(*laq, seq_id, laq->params.n_kv_budget, true);
         }
@@ -364,12 +364,9 @@ laq_status laq_kept_positions(const laq_context * laq, int32_t seq_id, int32_t *
         laq_check(n == laq->store.n_heads * order.size(), "dst needs n_layer*n_head_kv*n_resident elements");
         for (uint32_t ikv = 0; ikv < laq->store.layers.size(); ++ikv) {
             for (uint32_t h = 0; h < laq->store.layers[ikv].n_head_kv; ++h) {
-                int32_t * row = dst;
-                for (const uint32_t cell : order) {
-                    *dst++ = laq->store.pos_at(laq->seqs[seq_id], seq_id, ikv, h, cell);
+                for (const laq_held & held : laq_held_by(*laq, seq_id, ikv, h, order)) {
+                    *dst++ = held.pos;
                 }
-                // cells shared with another sequence stand among those that moved
-                std::sort(row, dst);
             }
         }
     });

@@ -66,12 +66,16 @@ void laq_compute::alloc(const char * what) {
     }
 }
 
-bool laq_compute::run(int n_threads) {
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
+void laq_set_threads(ggml_backend_t backend, int n_threads) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     if (auto * set =
             (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
-        set(cpu.get(), n_threads);
+        set(backend, n_threads);
     }
+}
+
+bool laq_compute::run(int n_threads) {
+    laq_set_threads(cpu.get(), n_threads);
     return ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS;
 }
 

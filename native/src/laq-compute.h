@@ -13,6 +13,9 @@
 #include <string>
 #include <vector>
 
+// of a backend that computes with threads; others are left as they are
+void laq_set_threads(ggml_backend_t backend, int n_threads);
+
 class laq_compute {
   public:
     // backends, buffer types: those of sched. max_nodes: of the largest graph. Throws laq_error.

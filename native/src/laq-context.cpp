@@ -17,7 +17,6 @@ static laq_facts facts_of(const llama_context & ctx, const laq_params & p, const
 
     laq_facts res        = {};
     res.with_outputs     = p.value_fit > 0.0f;
-    res.with_archive     = p.archive != 0;
     res.can_score        = laq_policy_needs_queries(p);
     res.devices          = store.devices();
     res.ahead_from_cells = !in_host || ctx.n_seq_max() > 1;
@@ -110,7 +109,7 @@ static ggml_type archive_type(const laq_params & p, const ggml_tensor * t, uint3
 }
 
 void laq_context::init_archives() {
-    if (!facts.with_archive) {
+    if (params.archive == 0) {
         return;
     }
     if (!laq_policy_needs_queries(params)) {
@@ -233,7 +232,7 @@ void laq_context::reset(int32_t seq_id) {
 // Tokens that a fit is reserved for: those of an eviction, and where a recall brings together what a lookahead sees,
 // those
 static uint32_t n_fit_max(const laq_context & laq) {
-    const bool whole = laq.facts.with_archive && laq.facts.ahead_from_cells;
+    const bool whole = laq.params.archive != 0 && laq.facts.ahead_from_cells;
     return whole ? laq.store.n_cells() : std::min(laq.store.n_cells(), laq.params.n_kv_budget + laq.params.n_lookahead);
 }
 
@@ -241,15 +240,7 @@ static void reserve_scores(laq_context & laq) {
     const uint32_t  n_q = std::max(laq.seqs[0].ring.size(), laq.scratch.size());
     laq_score_nodes nodes(laq.compute.ctx(), laq.store.n_cells(), n_q);
 
-    laq.stats.score_fused = 1;
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        laq_layer &   layer = laq.store.layers[ikv];
-        ggml_tensor * k     = laq.store.k(ikv, 0);
-        ggml_tensor * keys  = ggml_view_3d(laq.compute.ctx(), k, layer.n_embd_head_k, k->ne[1], layer.n_head_kv,
-                                           k->nb[1], ggml_row_size(k->type, layer.n_embd_head_k), 0);
-        layer.fused         = laq_graph_score(laq.compute, nodes, layer, keys, k);
-        laq.stats.score_fused &= layer.fused;
-    }
+    laq.stats.score_fused = laq_graph_score_cells(laq.compute, nodes, laq.store, 0);
     laq.compute.reserve("the score graph: use a smaller kv_staging, kv_budget or window_size");
 }
 
@@ -285,7 +276,7 @@ void laq_context::reserve() {
         compute.begin();
         reserve_scores(*this);
     }
-    if (facts.with_archive) {
+    if (params.archive != 0) {
         reserve_recall(*this);
     }
     if (laq_policy_fits(params)) {

@@ -21,7 +21,6 @@
 // what is decided when a context is attached and stays so
 struct laq_facts {
     bool with_outputs;      // outputs are captured beside queries
-    bool with_archive;      // each sequence has one
     bool by_graph;          // rows are moved by a graph on their device
     bool ahead_from_cells;  // a lookahead sees the cells alone: they are on a device, or there are several sequences
     bool can_score;         // the policy of laq_attach() needs queries

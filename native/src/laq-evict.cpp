@@ -106,13 +106,7 @@ static laq_scores score(laq_context & laq, const laq_plan & plan, const std::vec
     laq_compute & compute = laq.compute;
     compute.begin();
     laq_score_nodes nodes(compute.ctx(), laq.store.cells(plan.seq_id).used_max_p1(), observed.size());
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        const laq_layer & layer = laq.store.layers[ikv];
-        ggml_tensor *     k     = laq.store.k(ikv, plan.seq_id);
-        ggml_tensor *     keys = ggml_view_3d(compute.ctx(), k, layer.n_embd_head_k, nodes.mask->ne[0], layer.n_head_kv,
-                                              k->nb[1], ggml_row_size(k->type, layer.n_embd_head_k), 0);
-        laq_graph_score(compute, nodes, layer, keys, k);
-    }
+    laq_graph_score_cells(compute, nodes, laq.store, plan.seq_id);
     compute.alloc("the score graph: use a smaller window_size");
     laq_set_observed(nodes.slots, nodes.mask, observed, positions_of(laq, plan.seq_id, nodes.mask->ne[0]));
     if (!compute.run(laq.n_threads())) {

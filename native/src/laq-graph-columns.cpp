@@ -63,20 +63,6 @@ static uint8_t * row_of(const ggml_tensor * dst, int64_t column, uint32_t h) {
     return (uint8_t *) dst->data + column * dst->nb[2] + h * dst->nb[1];
 }
 
-// dst: a row of column p; cells: [n_embd_head*n_head_kv, n_cells], or with the cells first where V is transposed
-static void copy_from_cell(uint8_t * dst, size_t n_row, const ggml_tensor * cells, const laq_lanes & lanes, uint32_t h,
-                           int32_t cell) {
-    const uint8_t * src =
-        (const uint8_t *) cells->data + (size_t) h * lanes.n_per_head * lanes.lane + cell * lanes.cell;
-    if (lanes.n_per_head == 1) {
-        memcpy(dst, src, n_row);
-        return;
-    }
-    for (uint32_t i = 0; i < lanes.n_per_head; ++i) {
-        memcpy(dst + i * lanes.item, src + i * lanes.lane, lanes.item);
-    }
-}
-
 // the archived columns of a block; false: it has none
 static bool fill_archived(ggml_tensor * dst, const laq_columns_part & a, uint32_t block) {
     laq_columns & c     = a.columns;
@@ -122,7 +108,11 @@ static void fill_column(ggml_tensor * dst, const laq_columns_part & a, const laq
         here ? c.held_cells.data() + (held - c.held.begin()) * c.store.n_heads + c.store.layers[a.ikv].first_head
              : nullptr;
     for (int64_t h = 0; h < dst->ne[1]; ++h) {
-        copy_from_cell(row_of(dst, p, h), dst->nb[1], dst->src[0], lanes, h, here ? of_heads[h] : c.cell[p]);
+        uint8_t *       to  = row_of(dst, p, h);
+        const uint8_t * row = lanes.row((const uint8_t *) dst->src[0]->data, h, here ? of_heads[h] : c.cell[p], to);
+        if (row != to) {
+            memcpy(to, row, dst->nb[1]);
+        }
     }
 }
 

@@ -74,6 +74,18 @@ bool laq_graph_score(laq_compute & compute, laq_score_nodes & nodes, const laq_l
     return fused;
 }
 
+bool laq_graph_score_cells(laq_compute & compute, laq_score_nodes & nodes, const laq_store & store, int32_t seq_id) {
+    bool fused = true;
+    for (uint32_t ikv = 0; ikv < store.layers.size(); ++ikv) {
+        const laq_layer & layer = store.layers[ikv];
+        ggml_tensor *     k     = store.k(ikv, seq_id);
+        ggml_tensor *     keys = ggml_view_3d(compute.ctx(), k, layer.n_embd_head_k, nodes.mask->ne[0], layer.n_head_kv,
+                                              k->nb[1], ggml_row_size(k->type, layer.n_embd_head_k), 0);
+        fused &= laq_graph_score(compute, nodes, layer, keys, k);
+    }
+    return fused;
+}
+
 void laq_graph_score_columns(laq_compute & compute, laq_score_nodes & nodes, int32_t seq_id,
                              const laq_columns_part & keys, int64_t n_cells) {
     const laq_store & store = keys.columns.store;

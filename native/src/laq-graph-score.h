@@ -43,6 +43,9 @@ ggml_tensor * laq_graph_observed(laq_compute & compute, const laq_layer & layer,
 bool laq_graph_score(laq_compute & compute, laq_score_nodes & nodes, const laq_layer & layer, ggml_tensor * k,
                      const ggml_tensor * beside);
 
+// The same for the cells of a sequence, as many as the mask has, in all layers
+bool laq_graph_score_cells(laq_compute & compute, laq_score_nodes & nodes, const laq_store & store, int32_t seq_id);
+
 // The same for the keys of all tokens of a sequence, which are brought together as columns, as many as the mask has. Of
 // the cells, the first n_cells are read.
 void laq_graph_score_columns(laq_compute & compute, laq_score_nodes & nodes, int32_t seq_id,

@@ -76,14 +76,18 @@ static std::vector<int32_t> captured_rows(const laq_context & laq, const llama_u
 // so they are an input.
 class laq_capture_input : public llm_graph_input_i {
   public:
-    laq_capture_input(laq_context & laq, const llama_ubatch & ubatch) :
-        laq(laq), n(captured_rows(laq, ubatch).size()), seq_id(attending_seq(laq, ubatch)), is_tail(tail(ubatch)) {}
+    // rows: captured_rows() of ubatch
+    laq_capture_input(laq_context & laq, const llama_ubatch & ubatch, const std::vector<int32_t> & rows) :
+        laq(laq), n(rows.size()), seq_id(attending_seq(laq, ubatch)), is_tail(tail(ubatch, rows)) {}
 
     void set_input(const llama_ubatch * ubatch) override;
 
     bool can_reuse(const llm_graph_params & params) override {
-        return params.cparams.laq == &laq && attending_seq(laq, params.ubatch) == seq_id &&
-               tail(params.ubatch) == is_tail && captured_rows(laq, params.ubatch).size() == n;
+        if (params.cparams.laq != &laq || attending_seq(laq, params.ubatch) != seq_id) {
+            return false;
+        }
+        const std::vector<int32_t> rows = captured_rows(laq, params.ubatch);
+        return rows.size() == n && tail(params.ubatch, rows) == is_tail;
     }
 
     laq_context & laq;
@@ -93,8 +97,7 @@ class laq_capture_input : public llm_graph_input_i {
     const bool    is_tail;  // the captured rows are the last ones
 
   private:
-    bool tail(const llama_ubatch & ubatch) const {
-        const std::vector<int32_t> rows = captured_rows(laq, ubatch);
+    static bool tail(const llama_ubatch & ubatch, const std::vector<int32_t> & rows) {
         return rows.front() + rows.size() == ubatch.n_tokens;
     }
 };
@@ -168,7 +171,7 @@ static const laq_captured & captured(laq_context & laq, const llm_graph_context 
     if (found) {
         return found->to;
     }
-    auto input      = std::make_unique<laq_capture_input>(laq, gctx.ubatch);
+    auto input      = std::make_unique<laq_capture_input>(laq, gctx.ubatch, captured_rows(laq, gctx.ubatch));
     input->to.slots = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I64, input->n);
     ggml_set_input(input->to.slots);
     ggml_set_name(input->to.slots, "laq_inp_slots");
@@ -243,8 +246,10 @@ void laq_attend_input::set_input(const llama_ubatch * ubatch) {
     columns.set(laq.seqs[seq_id], seq_id, n);
     memset(mask->data, 0, ggml_nbytes(mask));
     for (int64_t p = 0; p < n; ++p) {
-        for (uint32_t i = 0; i < ubatch->n_tokens && !columns.has(p); ++i) {
-            hide(mask, i, p, p + 1);
+        if (!columns.has(p)) {
+            for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+                hide(mask, i, p, p + 1);
+            }
         }
     }
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
@@ -289,7 +294,7 @@ void laq_graph_attend(laq_context & laq, const llm_graph_context & gctx, ggml_te
 
 void laq_graph_reserve(laq_context & laq, bool sampling) {
     laq.now.sampling = sampling;
-    if (!laq.facts.with_archive) {
+    if (laq.params.archive == 0) {
         return;
     }
     const laq_during during(laq.now.reserving, true);

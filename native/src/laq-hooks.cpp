@@ -115,7 +115,7 @@ bool laq_kv_prepare(laq_context & laq, const std::vector<llama_ubatch> & ubatche
     return guarded([&] {
         for (int32_t s = 0; s < (int32_t) laq.seqs.size(); ++s) {
             if (laq_is_due(laq, s)) {
-                laq_evict_waiting(laq, s, true);
+                laq_evict_waiting(laq, s);
             }
         }
         for (const llama_ubatch & ubatch : ubatches) {

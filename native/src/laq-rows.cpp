@@ -83,15 +83,19 @@ void laq_cell_rows::set(uint32_t head, const std::vector<uint32_t> & cells, cons
     }
 }
 
-const uint8_t * laq_cell_rows::row(uint32_t head, uint32_t c, uint8_t * turned) const {
-    const uint8_t * src = data + head * lanes.n_per_head * lanes.lane + c * lanes.cell;
-    if (lanes.n_per_head == 1) {
+const uint8_t * laq_lanes::row(const uint8_t * data, uint32_t head, uint32_t c, uint8_t * turned) const {
+    const uint8_t * src = data + head * n_per_head * lane + c * cell;
+    if (n_per_head == 1) {
         return src;
     }
-    for (uint32_t i = 0; i < lanes.n_per_head; ++i) {
-        memcpy(turned + i * lanes.item, src + i * lanes.lane, lanes.item);
+    for (uint32_t i = 0; i < n_per_head; ++i) {
+        memcpy(turned + i * item, src + i * lane, item);
     }
     return turned;
+}
+
+const uint8_t * laq_cell_rows::row(uint32_t head, uint32_t c, uint8_t * turned) const {
+    return lanes.row(data, head, c, turned);
 }
 
 void laq_cell_rows::write() const {

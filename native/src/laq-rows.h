@@ -37,6 +37,9 @@ struct laq_lanes {
 
     // trans: a row of the tensor is a channel of all cells
     laq_lanes(const ggml_tensor * t, uint32_t n_head_kv, uint32_t n_embd_head, bool trans);
+
+    // the address of a row of the tensor's data; where V is transposed, of a copy in `turned`
+    const uint8_t * row(const uint8_t * data, uint32_t head, uint32_t cell, uint8_t * turned) const;
 };
 
 // K or V of one layer and stream by cells: rows [n_embd_head] of one KV head.

@@ -26,7 +26,6 @@ struct laq_layer {
     float         softcap  = 0.0f;
     ggml_tensor * sinks    = nullptr;
     bool          has_bias = false;
-    bool          fused    = false;  // the fused kernel scores its keys
 
     int64_t n_ring_q() const { return (int64_t) n_embd_head_k * n_head; }
     int64_t n_ring_out() const { return (int64_t) n_embd_head_v * n_head; }

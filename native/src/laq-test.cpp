@@ -240,11 +240,7 @@ laq_status laq_score(const laq_score_args * args, float * dst) {
         set(mask, a.mask);
         set(sinks, a.sinks);
 
-        ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
-        if (auto * set_threads =
-                (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
-            set_threads(backend.get(), a.n_threads);
-        }
+        laq_set_threads(backend.get(), a.n_threads);
         if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
             throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
         }

@@ -7,11 +7,11 @@ bool laq_is_due(const laq_context & laq, int32_t seq_id) {
     return phase.is(laq_phase::WAITING) && laq.n_tokens(seq_id) >= phase.n_prompt + (int32_t) laq.params.n_lookahead;
 }
 
-void laq_evict_waiting(laq_context & laq, int32_t seq_id, bool recall) {
+void laq_evict_waiting(laq_context & laq, int32_t seq_id) {
     const int32_t n_end = laq.n_tokens(seq_id);
     // no more than n_lookahead tokens are ahead, or the window would not fit the budget
     const int32_t n_prompt = std::max(laq.seqs[seq_id].phase.n_prompt, n_end - (int32_t) laq.params.n_lookahead);
-    recall                 = recall && laq.has_archived(seq_id);
+    const bool    recall   = laq.has_archived(seq_id);
     if (laq.n_over(seq_id) > 0 || recall) {
         laq_plan plan = { seq_id, laq.params.n_kv_budget, laq.intact_from(seq_id, n_prompt), n_end };
         plan.queries  = laq_policy_queries(laq.params, n_prompt, n_end);

@@ -8,9 +8,9 @@
 // whether an eviction waits for no more tokens
 bool laq_is_due(const laq_context & laq, int32_t seq_id);
 
-// Carry out the eviction that waits, with the lookahead there is. It goes on waiting if that fails. recall: archived
-// tokens may become resident
-void laq_evict_waiting(laq_context & laq, int32_t seq_id, bool recall);
+// Carry out the eviction that waits, with the lookahead there is; archived tokens may become resident. It goes on
+// waiting if that fails.
+void laq_evict_waiting(laq_context & laq, int32_t seq_id);
 
 // Evict or recall down to n_keep by the queries of the last tokens.
 void laq_evict_to(laq_context & laq, int32_t seq_id, uint32_t n_keep, bool recall);
