@@ -103,12 +103,10 @@ static void check_spans(const laq_span * spans, uint32_t n) {
 
 static void check_pinned(const laq_params & p) {
     const uint32_t n_pinned = laq_policy_n_pinned(p);
-    if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget < n_pinned) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " +
-                                                         std::to_string(n_pinned) +
-                                                         " tokens that are always kept (n_sink, pinned, window_size, "
-                                                         "lookahead_size): raise kv_budget or lower those");
-    }
+    laq_check(p.policy == LAQ_POLICY_FULL || p.n_kv_budget >= n_pinned,
+              "kv_budget = " + std::to_string(p.n_kv_budget) + " is below the " + std::to_string(n_pinned) +
+                  " tokens that are always kept (n_sink, pinned, window_size, "
+                  "lookahead_size): raise kv_budget or lower those");
 }
 
 // the defaults stand for what an older caller does not know
@@ -141,11 +139,9 @@ static void check_params(const laq_params & p, uint32_t n_cells) {
     laq_check(std::isfinite(p.value_fit) && p.value_fit >= 0.0f, "value_fit must be finite and not negative");
     check_spans(p.pinned, p.n_pinned);
     check_pinned(p);
-    if (p.policy != LAQ_POLICY_FULL && p.n_kv_budget > n_cells) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_budget = " + std::to_string(p.n_kv_budget) + " is above the " +
-                                                         std::to_string(n_cells) +
-                                                         " cells of a sequence: lower kv_budget or make more cells");
-    }
+    laq_check(p.policy == LAQ_POLICY_FULL || p.n_kv_budget <= n_cells,
+              "kv_budget = " + std::to_string(p.n_kv_budget) + " is above the " + std::to_string(n_cells) +
+                  " cells of a sequence: lower kv_budget or make more cells");
 }
 
 static void check_context(const llama_context & ctx) {
@@ -183,13 +179,9 @@ static void check_context(const llama_context & ctx) {
         throw laq_error(LAQ_STATUS_UNSUPPORTED,
                         "split_mode = tensor is not supported with kv_budget: use split_mode = layer");
     }
-    if (hparams.no_alloc) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "the model was loaded with no_alloc");
-    }
-    if (!ctx.get_cparams().causal_attn || ctx.get_cparams().embeddings) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "a context for embeddings cannot be evicted: use embedding = false");
-    }
+    laq_check(!hparams.no_alloc, "the model was loaded with no_alloc");
+    laq_check(ctx.get_cparams().causal_attn && !ctx.get_cparams().embeddings,
+              "a context for embeddings cannot be evicted: use embedding = false");
 }
 
 laq_status laq_attach(llama_context * ctx, const laq_params * params, laq_context ** out) {
@@ -266,11 +258,8 @@ laq_status laq_prompt_next(laq_context * laq, int32_t seq_id, const int32_t * to
         laq_check_seq(laq, seq_id);
         laq_check(tokens && n_tokens > 0 && n_chunk, "tokens and n_chunk must not be NULL, n_tokens not 0");
         const int64_t n_end = (int64_t) laq->n_tokens(seq_id) + n_tokens;
-        if (n_end > laq->n_ctx) {
-            throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                            std::to_string(n_end) + " tokens do not fit n_ctx = " + std::to_string(laq->n_ctx) +
-                                ": shorten the prompt or raise n_ctx");
-        }
+        laq_check(n_end <= laq->n_ctx, std::to_string(n_end) + " tokens do not fit n_ctx = " +
+                                           std::to_string(laq->n_ctx) + ": shorten the prompt or raise n_ctx");
         *n_chunk = laq_read_next(*laq, seq_id, tokens, n_tokens);
     });
 }
@@ -362,11 +351,9 @@ laq_status laq_kept_positions(const laq_context * laq, int32_t seq_id, int32_t *
             laq_check(layer.n_head_kv == laq->store.layers[0].n_head_kv, "layers differ in their number of KV heads");
         }
         laq_check(n == laq->store.n_heads * order.size(), "dst needs n_layer*n_head_kv*n_resident elements");
-        for (uint32_t ikv = 0; ikv < laq->store.layers.size(); ++ikv) {
-            for (uint32_t h = 0; h < laq->store.layers[ikv].n_head_kv; ++h) {
-                for (const laq_held & held : laq_held_by(*laq, seq_id, ikv, h, order)) {
-                    *dst++ = held.pos;
-                }
+        for (uint32_t head = 0; head < laq->store.n_heads; ++head) {
+            for (const laq_held & held : laq_held_by(*laq, seq_id, head, order)) {
+                *dst++ = held.pos;
             }
         }
     });

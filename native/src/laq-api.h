@@ -25,12 +25,6 @@ template <typename F> laq_status laq_guarded(F && f) {
     }
 }
 
-inline void laq_check(bool ok, const std::string & what) {
-    if (!ok) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, what);
-    }
-}
-
 inline void laq_check_seq(const laq_context * laq, int32_t seq_id) {
     laq_check(laq, "laq must not be NULL");
     laq_check(seq_id >= 0 && seq_id < (int32_t) laq->seqs.size(),

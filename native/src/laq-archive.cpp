@@ -128,8 +128,8 @@ void laq_archive::open(const std::vector<int32_t> & positions) {
 }
 
 uint8_t * laq_archive::row(int32_t pos, uint32_t ikv, int part, uint32_t head) {
-    const size_t size = shape.layers[ikv].row[part];
-    return blocks[pos / N_BLOCK].data.get() + offsets[2 * ikv + part] + (head * N_BLOCK + pos % N_BLOCK) * size;
+    uint8_t * rows = blocks[pos / N_BLOCK].data.get() + offsets[2 * ikv + part];
+    return row_of(rows, head, pos, shape.layers[ikv].row[part]);
 }
 
 void laq_archive::close(const std::vector<int32_t> & positions) {

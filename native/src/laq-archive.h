@@ -54,6 +54,11 @@ class laq_archive {
     // nullptr: the file does not hold what was written, and the block is lost.
     const uint8_t * part(uint32_t block, uint32_t ikv, int part, std::vector<uint8_t> & scratch);
 
+    // one of them. n_row: its bytes
+    template <typename T> static T * row_of(T * part, uint32_t head, int32_t pos, size_t n_row) {
+        return part + ((size_t) head * N_BLOCK + pos % N_BLOCK) * n_row;
+    }
+
     void forget(int32_t pos);  // positions from here on are gone
     void clear();
 

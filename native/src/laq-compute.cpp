@@ -74,9 +74,11 @@ void laq_set_threads(ggml_backend_t backend, int n_threads) {
     }
 }
 
-bool laq_compute::run(int n_threads) {
+void laq_compute::run(int n_threads, const char * what) {
     laq_set_threads(cpu.get(), n_threads);
-    return ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS;
+    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, what);
+    }
 }
 
 uint64_t laq_compute::bytes() const {

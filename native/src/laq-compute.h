@@ -40,8 +40,8 @@ class laq_compute {
     // Give the nodes their places in the buffers: inputs can be set then. Throws laq_error, and nothing is changed.
     void alloc(const char * what);
 
-    // Compute with n_threads and wait. false = a backend failed
-    bool run(int n_threads);
+    // Compute with n_threads and wait. what: has failed, if a backend does; throws laq_error.
+    void run(int n_threads, const char * what);
 
     uint64_t bytes() const;
 

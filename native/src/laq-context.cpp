@@ -112,10 +112,7 @@ void laq_context::init_archives() {
     if (params.archive == 0) {
         return;
     }
-    if (!laq_policy_needs_queries(params)) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "kv_recall chooses by attention: use kv_policy = laq, laq++ or snapkv");
-    }
+    laq_check(laq_policy_needs_queries(params), "kv_recall chooses by attention: use kv_policy = laq, laq++ or snapkv");
     laq_archive_shape shape;
     for (int part = 0; part < 2; ++part) {
         shape.type[part] = archive_type(params, store.part(0, part, 0), store.layers[0].n_embd_head(part));
@@ -133,11 +130,9 @@ void laq_context::init_archives() {
         // what is decoded ahead takes slots, too
         seqs[s].history.init(LAQ_REREAD + params.n_lookahead);
     }
-    if (!archives[0]->can_hold()) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, "kv_recall_limit holds no tokens: give at least " +
-                                                         std::to_string(archives[0]->block_bytes()) +
-                                                         " bytes, or a folder for a file");
-    }
+    laq_check(archives[0]->can_hold(), "kv_recall_limit holds no tokens: give at least " +
+                                           std::to_string(archives[0]->block_bytes()) +
+                                           " bytes, or a folder for a file");
 }
 
 //

@@ -14,6 +14,13 @@ struct laq_error : std::runtime_error {
     laq_error(laq_status status, const std::string & what) : std::runtime_error(what), status(status) {}
 };
 
+// an argument or a setting that cannot be
+inline void laq_check(bool ok, const std::string & what) {
+    if (!ok) {
+        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT, what);
+    }
+}
+
 // laq_test_fail(): the countdown to the fault, 0 = none comes
 extern thread_local uint32_t laq_faults;
 

@@ -84,23 +84,10 @@ static std::vector<int32_t> positions_of(const laq_context & laq, int32_t seq_id
     return pos;
 }
 
-// the scores of a layer, of all cells, as columns of `order`
-static void gather(const laq_layer & layer, ggml_tensor * t, const std::vector<uint32_t> & order, laq_scores & scores) {
-    std::vector<float> raw(ggml_nelements(t));
-    ggml_backend_tensor_get(t, raw.data(), 0, ggml_nbytes(t));
-    for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
-        float * row = scores.rows.data() + (layer.first_head + h) * scores.n;
-        for (size_t i = 0; i < order.size(); ++i) {
-            row[i] = raw[h * t->ne[0] + order[i]];
-        }
-    }
-}
-
-// the attention of the observed queries to the cells of `order`; empty if no query was captured
-static laq_scores score(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed,
-                        const std::vector<uint32_t> & order) {
+// the attention of the observed queries, a column for each cell; empty if no query was captured
+static laq_scores score(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed) {
     laq_scores res;
-    if (observed.empty() || order.empty()) {
+    if (observed.empty()) {
         return res;
     }
     laq_compute & compute = laq.compute;
@@ -109,14 +96,13 @@ static laq_scores score(laq_context & laq, const laq_plan & plan, const std::vec
     laq_graph_score_cells(compute, nodes, laq.store, plan.seq_id);
     compute.alloc("the score graph: use a smaller window_size");
     laq_set_observed(nodes.slots, nodes.mask, observed, positions_of(laq, plan.seq_id, nodes.mask->ne[0]));
-    if (!compute.run(laq.n_threads())) {
-        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
-    }
-    res.n         = order.size();
+    compute.run(laq.n_threads(), "the score graph failed");
+    res.n         = nodes.mask->ne[0];
     res.n_queries = observed.size();
     res.rows.resize(res.n * laq.store.n_heads);
     for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        gather(laq.store.layers[ikv], nodes.scores[ikv], order, res);
+        ggml_tensor * t = nodes.scores[ikv];  // [n, n_head_kv]
+        ggml_backend_tensor_get(t, res.rows.data() + laq.store.layers[ikv].first_head * res.n, 0, ggml_nbytes(t));
     }
     return res;
 }
@@ -127,51 +113,39 @@ static laq_scores joined(const laq_context & laq, int32_t seq_id, const std::vec
                          const laq_scores & scores) {
     const laq_seq & seq = laq.seqs[seq_id];
     laq_scores      res = scores;
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size() && res.n > 0; ++ikv) {
-        for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
-            const float * memory = laq.store.memory(ikv, h, seq_id);
-            float *       row    = res.rows.data() + (laq.store.layers[ikv].first_head + h) * res.n;
-            for (size_t i = 0; i < order.size(); ++i) {
-                row[i] /= (float) res.n_queries;
-                if (seq.phase.probed() && laq.store.cells(seq_id).pos_get(order[i]) < seq.n_intact) {
-                    row[i] = (row[i] + memory[order[i]]) * 0.5f;
-                }
+    for (uint32_t head = 0; head < laq.store.n_heads && res.n > 0; ++head) {
+        const float * memory = laq.store.memory(head, seq_id);
+        float *       row    = res.rows.data() + head * res.n;
+        for (const uint32_t cell : order) {
+            row[cell] /= (float) res.n_queries;
+            if (seq.phase.probed() && laq.store.cells(seq_id).pos_get(cell) < seq.n_intact) {
+                row[cell] = (row[cell] + memory[cell]) * 0.5f;
             }
         }
     }
     return res;
 }
 
-void laq_keep_scores(laq_context & laq, const laq_scores & scores) {
-    if (laq.facts.debug) {
-        laq.scores[laq.stats.n_evictions % laq_context::N_DEBUG] = scores;
+void laq_keep_scores(laq_context & laq, const laq_scores & scores, const std::vector<uint32_t> & tokens) {
+    if (!laq.facts.debug) {
+        return;
     }
-}
-
-// what the chosen tokens scored, for the next probe: [n_heads][choice.n]
-static std::vector<float> scores_of_choice(const laq_context & laq, const std::vector<uint32_t> & order,
-                                           const laq_choice & choice, const laq_scores & scores) {
-    std::vector<size_t> column(laq.store.n_cells());
-    for (size_t i = 0; i < order.size(); ++i) {
-        column[order[i]] = i;
-    }
-    std::vector<float> res(choice.cell.size());
-    for (size_t i = 0; i < res.size() && scores.n > 0; ++i) {
-        res[i] = scores.rows[i / choice.n * scores.n + column[choice.cell[i]]];
-    }
-    return res;
-}
-
-static void memorize(laq_context & laq, int32_t seq_id, const std::vector<uint32_t> & dst,
-                     const std::vector<float> & scores) {
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
-            float *       memory = laq.store.memory(ikv, h, seq_id);
-            const float * row    = scores.data() + (laq.store.layers[ikv].first_head + h) * dst.size();
-            for (size_t i = 0; i < dst.size(); ++i) {
-                memory[dst[i]] = row[i];
-            }
+    laq_scores & kept = laq.scores[laq.stats.n_evictions % laq_context::N_DEBUG];
+    kept              = { {}, scores.n ? tokens.size() : 0, scores.n_queries };
+    for (uint32_t head = 0; head < laq.store.n_heads && kept.n > 0; ++head) {
+        for (const uint32_t token : tokens) {
+            kept.rows.push_back(scores.rows[head * scores.n + token]);
         }
+    }
+}
+
+// what the chosen tokens scored, for the next probe
+static void memorize(laq_context & laq, int32_t seq_id, const laq_choice & choice, const laq_scores & scores,
+                     const std::vector<uint32_t> & dst) {
+    for (size_t i = 0; i < choice.cell.size(); ++i) {
+        const uint32_t head = i / choice.n;
+        laq.store.memory(head, seq_id)[dst[i % choice.n]] =
+            scores.n > 0 ? scores.rows[head * scores.n + choice.cell[i]] : 0.0f;
     }
 }
 
@@ -189,9 +163,11 @@ static void move_by_graph(laq_context & laq, const laq_moves & moves) {
         const std::vector<int32_t> cells = laq_move_index(laq.store, moves, ikv, n);
         ggml_backend_tensor_set(index[ikv], cells.data(), 0, ggml_nbytes(index[ikv]));
     }
-    if (!laq.compute.run(laq.n_threads())) {
+    try {
+        laq.compute.run(laq.n_threads(), "K and V could not be moved: the sequence is removed");
+    } catch (...) {
         laq.store.kv.seq_rm(moves.seq_id, -1, -1);
-        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "K and V could not be moved: the sequence is removed");
+        throw;
     }
 }
 
@@ -234,7 +210,7 @@ static std::vector<float> free_of_layer(const laq_context & laq, const laq_plan 
     std::vector<int32_t> pos(dst.size());
     for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
         for (size_t i = 0; i < dst.size(); ++i) {
-            pos[i] = laq.store.pos_at(laq.seqs[plan.seq_id], plan.seq_id, ikv, h, dst[i]);
+            pos[i] = laq.store.pos_at(laq.seqs[plan.seq_id], plan.seq_id, laq.store.layers[ikv].first_head + h, dst[i]);
         }
         const std::vector<uint8_t> pinned =
             laq_pinned(p, { pos.data(), nullptr, (uint32_t) pos.size(), plan.n_intact });
@@ -266,9 +242,7 @@ static void fit(laq_context & laq, const laq_plan & plan, const std::vector<laq_
         const std::vector<float> free = free_of_layer(laq, plan, ikv, dst, n);
         ggml_backend_tensor_set(nodes.free[ikv], free.data(), 0, ggml_nbytes(nodes.free[ikv]));
     }
-    if (!compute.run(laq.n_threads())) {
-        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "not all values are fitted");
-    }
+    compute.run(laq.n_threads(), "not all values are fitted");
 }
 
 void laq_fit(laq_context & laq, const laq_plan & plan, const std::vector<laq_observed> & observed,
@@ -289,17 +263,16 @@ void laq_fit(laq_context & laq, const laq_plan & plan, const std::vector<laq_obs
 // an eviction
 //
 
-void laq_evict(laq_context & laq, const laq_plan & plan) {
-    const std::vector<uint32_t> order = laq.store.resident(plan.seq_id);
-    const std::vector<uint8_t>  own   = laq.store.owned(plan.seq_id, order);
-    laq_seq &                   seq   = laq.seqs[plan.seq_id];
-    const int64_t               t0    = ggml_time_us();
+void laq_evict(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order) {
+    const std::vector<uint8_t> own = laq.store.owned(plan.seq_id, order);
+    laq_seq &                  seq = laq.seqs[plan.seq_id];
+    const int64_t              t0  = ggml_time_us();
 
     std::vector<laq_observed> observed;
     laq_scores                scores;
     if (laq_policy_needs_queries(laq.params)) {
         observed = laq.observed(plan.seq_id, plan.queries, plan.by_probe);
-        scores   = score(laq, plan, observed, order);
+        scores   = score(laq, plan, observed);
     }
     const bool       joins = laq_policy_needs_lookahead(laq.params) && (plan.by_probe || seq.phase.probed());
     const laq_scores rank  = joins ? joined(laq, plan.seq_id, order, scores) : laq_scores();
@@ -317,13 +290,11 @@ void laq_evict(laq_context & laq, const laq_plan & plan) {
         // what was decoded ahead goes after the fit: the queries see it
         laq_choose_ahead(laq, plan, order, choice);
     }
-    const std::vector<float> memory = plan.by_probe ? scores_of_choice(laq, order, choice, by) : std::vector<float>();
-
-    laq_keep_scores(laq, scores);
+    laq_keep_scores(laq, scores, order);
     const std::vector<uint32_t> dst = laq_settle(laq, plan, order, own, choice);
     // nothing fails from here on
     if (plan.by_probe) {
-        memorize(laq, plan.seq_id, dst, memory);
+        memorize(laq, plan.seq_id, choice, by, dst);
     }
     seq.evicted(plan.n_intact, plan.n_end, plan.by_probe, laq.archive_of(plan.seq_id) != nullptr);
     seq.fitted |= !observed.empty();

@@ -4,16 +4,18 @@
 
 #include "laq-select.h"
 
+// order: cells of the sequence in order of position
+
 // Archive the tokens that the plan takes from the intact suffix: from then on some heads may drop them.
 void laq_archive_evicted(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order);
 
 // Evict the resident tokens of a sequence that the plan does not keep.
-void laq_evict(laq_context & laq, const laq_plan & plan);
+void laq_evict(laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order);
 
 // What a recall shares with it:
 
-// keep the scores of this eviction for laq_get_scores()
-void laq_keep_scores(laq_context & laq, const laq_scores & scores);
+// keep scores of this eviction for laq_get_scores(), which are columns of `tokens`
+void laq_keep_scores(laq_context & laq, const laq_scores & scores, const std::vector<uint32_t> & tokens);
 
 // the last observed queries that values are fitted to: those whose outputs are of all tokens, or not out of date
 std::vector<laq_observed> laq_fitted_to(std::vector<laq_observed> observed, bool of_all);

@@ -19,14 +19,12 @@ static void find_held(laq_columns & c, const laq_seq & seq, int32_t seq_id, cons
         return;
     }
     std::vector<int32_t> at(lost.size() * store.n_heads, -1);
-    for (uint32_t ikv = 0; ikv < store.layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < store.layers[ikv].n_head_kv; ++h) {
-            for (const uint32_t cell : order) {
-                const int32_t p  = store.pos_at(seq, seq_id, ikv, h, cell);
-                const auto    it = std::lower_bound(lost.begin(), lost.end(), p);
-                if (it != lost.end() && *it == p) {
-                    at[(it - lost.begin()) * store.n_heads + store.layers[ikv].first_head + h] = (int32_t) cell;
-                }
+    for (uint32_t head = 0; head < store.n_heads; ++head) {
+        for (const uint32_t cell : order) {
+            const int32_t p  = store.pos_at(seq, seq_id, head, cell);
+            const auto    it = std::lower_bound(lost.begin(), lost.end(), p);
+            if (it != lost.end() && *it == p) {
+                at[(it - lost.begin()) * store.n_heads + head] = (int32_t) cell;
             }
         }
     }
@@ -86,8 +84,7 @@ static bool fill_archived(ggml_tensor * dst, const laq_columns_part & a, uint32_
     const int64_t   end   = std::min<int64_t>(first + laq_archive::N_BLOCK, dst->ne[2]);
     for (int64_t h = 0; h < dst->ne[1]; ++h) {
         for (int64_t p = first; p < end; ++p) {
-            laq_convert(type, src + (h * laq_archive::N_BLOCK + p - first) * n_row, dst->type, row_of(dst, p, h),
-                        dst->ne[0]);
+            laq_convert(type, laq_archive::row_of(src, h, p, n_row), dst->type, row_of(dst, p, h), dst->ne[0]);
         }
     }
     return true;

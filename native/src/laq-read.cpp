@@ -11,20 +11,15 @@
 // Backend samplers take the raw logits, and would see tokens that are dropped again.
 static void check_logits(laq_context & laq) {
     laq.ctx->sched_reserve();  // it says whether there are samplers
-    if (laq.now.sampling) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "a lookahead needs raw logits, which backend samplers take (llama_set_sampler): unset them, or "
-                        "use lookahead = deferred and prompts that fit the cells");
-    }
+    laq_check(!laq.now.sampling,
+              "a lookahead needs raw logits, which backend samplers take (llama_set_sampler): unset them, or "
+              "use lookahead = deferred and prompts that fit the cells");
 }
 
 static std::vector<float> last_logits(const laq_context & laq) {
     laq.ctx->synchronize();  // a device may still compute them
     const float * logits = laq.ctx->get_logits_ith(-1);
-    if (!logits) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "the prompt's last token was decoded without logits, from which the lookahead starts");
-    }
+    laq_check(logits, "the prompt's last token was decoded without logits, from which the lookahead starts");
     return std::vector<float>(logits, logits + laq.ctx->get_model().vocab.n_tokens());
 }
 
@@ -119,9 +114,9 @@ static void evict_by_probe(laq_context & laq, int32_t seq_id, const llama_token 
 }
 
 static laq_chunk plan_probed(const laq_context & laq, int32_t seq_id, uint32_t n_tokens) {
-    const laq_params p      = laq.params_of(seq_id);
-    const uint32_t   n_used = laq.store.n_cells() - laq.store.n_free(seq_id);
-    return laq_plan_chunk(&p, laq.store.n_cells(), n_used, laq.n_resident(seq_id), n_tokens, laq.ctx->n_batch());
+    const laq_params p = laq.params_of(seq_id);
+    return laq_plan_chunk(&p, laq.store.n_cells(), laq.store.n_used(seq_id), laq.n_resident(seq_id), n_tokens,
+                          laq.ctx->n_batch());
 }
 
 static void make_room_probed(laq_context & laq, int32_t seq_id, const llama_token * tokens, uint32_t n_tokens,
@@ -142,9 +137,9 @@ static void make_room_probed(laq_context & laq, int32_t seq_id, const llama_toke
 //
 
 static laq_chunk plan_attending(const laq_context & laq, int32_t seq_id, uint32_t n_tokens) {
-    const uint32_t n_used = laq.store.n_cells() - laq.store.n_free(seq_id);
-    return laq_plan_attending(laq.params, { laq.store.n_cells(), n_used, laq.n_resident(seq_id), n_tokens,
-                                            laq.ctx->n_batch(), laq.facts.n_attend, laq.seqs[seq_id].n_intact > 0 });
+    return laq_plan_attending(laq.params,
+                              { laq.store.n_cells(), laq.store.n_used(seq_id), laq.n_resident(seq_id), n_tokens,
+                                laq.ctx->n_batch(), laq.facts.n_attend, laq.seqs[seq_id].n_intact > 0 });
 }
 
 // the newest tokens stay, without a look at any: all others are archived
@@ -194,11 +189,11 @@ static laq_chunk make_room(laq_context & laq, int32_t seq_id, const llama_token 
         chunk = plan();
     }
     if (chunk.n_tokens == 0) {
-        throw laq_error(LAQ_STATUS_NO_MEMORY, "no cells for the next tokens of the prompt: " +
-                                                  std::to_string(laq.store.n_cells() - laq.store.n_free(seq_id)) +
-                                                  " of " + std::to_string(laq.store.n_cells()) +
-                                                  " are in use, kv_budget = " + std::to_string(laq.params.n_kv_budget) +
-                                                  ": raise kv_staging or lower kv_budget or probe_size");
+        throw laq_error(LAQ_STATUS_NO_MEMORY,
+                        "no cells for the next tokens of the prompt: " + std::to_string(laq.store.n_used(seq_id)) +
+                            " of " + std::to_string(laq.store.n_cells()) +
+                            " are in use, kv_budget = " + std::to_string(laq.params.n_kv_budget) +
+                            ": raise kv_staging or lower kv_budget or probe_size");
     }
     if (attends) {
         make_room_attending(laq, seq_id, chunk);

@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <numeric>
 
 // a recall while it is made
 struct laq_recall_run {
@@ -32,11 +33,6 @@ struct laq_recall_run {
         return cell < 0 || (part == 1 && laq.seqs[plan.seq_id].fitted && archive.has(pos));
     }
 
-    uint32_t n_ahead() const {
-        const llama_kv_cells & table = laq.store.cells(plan.seq_id);
-        return std::count_if(order.begin(), order.end(), [&](uint32_t c) { return table.pos_get(c) >= plan.n_end; });
-    }
-
     void begin(bool fits);
     bool score_layer(uint32_t ikv);
     void choose_layer(uint32_t ikv);
@@ -54,7 +50,7 @@ void laq_recall_run::begin(bool fits) {
             candidates.push_back(p);
         }
     }
-    const uint32_t n_room = laq.n_room(plan.seq_id) - (fits ? n_ahead() : 0);
+    const uint32_t n_room = laq.n_room(plan.seq_id) - (fits ? order.size() - laq_n_before_end(laq, plan, order) : 0);
     params.n_kv_budget    = std::min({ plan.n_keep, (uint32_t) candidates.size(), n_room });
 
     scores = { std::vector<float>((size_t) n * laq.store.n_heads), (size_t) n, (uint32_t) observed.size() };
@@ -82,9 +78,7 @@ bool laq_recall_run::score_layer(uint32_t ikv) {
         pos[p] = columns.has(p) ? p : INT32_MAX;
     }
     laq_set_observed(nodes.slots, nodes.mask, observed, pos);
-    if (!compute.run(laq.n_threads())) {
-        throw laq_error(LAQ_STATUS_COMPUTE_FAILED, "the score graph failed");
-    }
+    compute.run(laq.n_threads(), "the score graph failed");
     for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
         ggml_backend_tensor_get(nodes.scores[0], scores.rows.data() + (layer.first_head + h) * scores.n,
                                 h * nodes.scores[0]->nb[1], scores.n * sizeof(float));
@@ -102,7 +96,7 @@ void laq_recall_run::choose_layer(uint32_t ikv) {
         }
         const laq_head_view         view = { candidates.data(), s.data(), (uint32_t) candidates.size(), plan.n_intact };
         const std::vector<uint32_t> kept = laq_keep_of_head(params, ikv, h, view, 0);
-        const std::vector<laq_held> held = laq_held_by(laq, plan.seq_id, ikv, h, order);
+        const std::vector<laq_held> held = laq_held_by(laq, plan.seq_id, head, order);
         auto                        at   = held.begin();
         for (uint32_t i = 0; i < choice.n; ++i) {
             const int32_t pos = candidates[kept[i]];
@@ -142,8 +136,7 @@ bool laq_recall_run::fetch_layer(uint32_t ikv) {
             for (size_t i = first + h * choice.n; i < first + (h + 1) * choice.n; ++i) {
                 const int32_t pos = choice.pos[i];
                 if (from_archive(part, pos, choice.cell[i])) {
-                    const uint8_t * src = base[pos / laq_archive::N_BLOCK] +
-                                          ((size_t) h * laq_archive::N_BLOCK + pos % laq_archive::N_BLOCK) * n_row;
+                    const uint8_t * src = laq_archive::row_of(base[pos / laq_archive::N_BLOCK], h, pos, n_row);
                     bytes.resize(bytes.size() + ggml_row_size(type, n));
                     laq_convert(there, src, type, bytes.data() + bytes.size() - ggml_row_size(type, n), n);
                 }
@@ -248,7 +241,9 @@ static bool recall(laq_context & laq, const laq_plan & plan, const std::vector<u
     if (!fitted.empty()) {
         laq_choose_ahead(laq, plan, order, choice);
     }
-    laq_keep_scores(laq, run.scores);
+    std::vector<uint32_t> positions(run.scores.n);
+    std::iota(positions.begin(), positions.end(), 0u);
+    laq_keep_scores(laq, run.scores, positions);
     const std::vector<uint32_t> dst = laq_settle(laq, plan, order, own, choice);
     // nothing fails from here on
     upload(laq, run, dst, room);
@@ -268,10 +263,7 @@ void laq_carry_out(laq_context & laq, const laq_plan & plan) {
     if (plan.recall && recall(laq, plan, order)) {
         return;
     }
-    const llama_kv_cells & table = laq.store.cells(plan.seq_id);
-    const uint32_t         n =
-        std::count_if(order.begin(), order.end(), [&](uint32_t cell) { return table.pos_get(cell) < plan.n_end; });
-    if (!plan.recall || n > plan.n_keep) {
-        laq_evict(laq, plan);
+    if (!plan.recall || laq_n_before_end(laq, plan, order) > plan.n_keep) {
+        laq_evict(laq, plan, order);
     }
 }

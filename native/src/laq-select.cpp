@@ -7,12 +7,10 @@
 #include <algorithm>
 
 static void check_pinned(const laq_params & params, uint32_t n_shared, uint32_t n_pinned) {
-    if (n_pinned + n_shared > params.n_kv_budget) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        std::to_string(n_pinned + n_shared) + " tokens of the sequence are pinned or shared with " +
-                            "another one (llama_memory_seq_cp), kv_budget = " + std::to_string(params.n_kv_budget) +
-                            ": raise kv_budget or pin and share less");
-    }
+    laq_check(n_pinned + n_shared <= params.n_kv_budget,
+              std::to_string(n_pinned + n_shared) + " tokens of the sequence are pinned or shared with " +
+                  "another one (llama_memory_seq_cp), kv_budget = " + std::to_string(params.n_kv_budget) +
+                  ": raise kv_budget or pin and share less");
 }
 
 std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
@@ -23,6 +21,11 @@ std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, 
     laq_params p = params;
     p.n_kv_budget -= n_shared;
     return laq_select_keys(p, ikv, h, view, pinned.data());
+}
+
+uint32_t laq_n_before_end(const laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order) {
+    const llama_kv_cells & table = laq.store.cells(plan.seq_id);
+    return std::count_if(order.begin(), order.end(), [&](uint32_t cell) { return table.pos_get(cell) < plan.n_end; });
 }
 
 // the parameters of one choice; where no query observes, the newest tokens stay
@@ -40,12 +43,12 @@ static laq_params params_of_plan(const laq_context & laq, const laq_plan & plan,
     return p;
 }
 
-std::vector<laq_held> laq_held_by(const laq_context & laq, int32_t seq_id, uint32_t ikv, uint32_t h,
+std::vector<laq_held> laq_held_by(const laq_context & laq, int32_t seq_id, uint32_t head,
                                   const std::vector<uint32_t> & cells) {
     std::vector<laq_held> res;
     res.reserve(cells.size());
     for (const uint32_t cell : cells) {
-        res.push_back({ laq.store.pos_at(laq.seqs[seq_id], seq_id, ikv, h, cell), (int32_t) cell });
+        res.push_back({ laq.store.pos_at(laq.seqs[seq_id], seq_id, head, cell), (int32_t) cell });
     }
     const auto before = [](const laq_held & a, const laq_held & b) { return a.pos < b.pos; };
     if (!std::is_sorted(res.begin(), res.end(), before)) {
@@ -61,20 +64,19 @@ struct head_choice {
     const laq_params &            params;
     const std::vector<uint32_t> & candidates;
     const laq_scores &            scores;
-    const std::vector<uint32_t> & columns;  // of each cell in the scores
     uint32_t                      n_shared;
 
     // into rows of the choice
     void make(uint32_t ikv, uint32_t h, laq_choice & choice) const {
         const size_t          head = laq.store.layers[ikv].first_head + h;
-        std::vector<laq_held> held = laq_held_by(laq, plan.seq_id, ikv, h, candidates);
+        std::vector<laq_held> held = laq_held_by(laq, plan.seq_id, head, candidates);
         std::vector<int32_t>  pos(held.size());
         std::vector<float>    s(scores.n == 0 ? 0 : held.size());
         for (uint32_t i = 0; i < held.size(); ++i) {
             pos[i] = held[i].pos;
         }
         for (uint32_t i = 0; i < s.size(); ++i) {
-            s[i] = scores.rows[head * scores.n + columns[held[i].cell]];
+            s[i] = scores.rows[head * scores.n + held[i].cell];
         }
         const laq_head_view view = { pos.data(), s.empty() ? nullptr : s.data(), (uint32_t) pos.size(), plan.n_intact };
         const std::vector<uint32_t> kept = laq_keep_of_head(params, ikv, h, view, n_shared);
@@ -89,9 +91,8 @@ laq_choice laq_choose_resident(const laq_context & laq, const laq_plan & plan, c
                                const std::vector<uint8_t> & own, const laq_scores & scores) {
     const laq_params      params   = params_of_plan(laq, plan, scores.n > 0);
     const uint32_t        n_shared = std::count(own.begin(), own.end(), 0);
-    std::vector<uint32_t> candidates, columns(laq.store.n_cells());
+    std::vector<uint32_t> candidates;
     for (uint32_t i = 0; i < order.size(); ++i) {
-        columns[order[i]] = i;
         if (own[i] && laq.store.cells(plan.seq_id).pos_get(order[i]) < plan.n_end) {
             candidates.push_back(order[i]);
         }
@@ -103,7 +104,7 @@ laq_choice laq_choose_resident(const laq_context & laq, const laq_plan & plan, c
     res.pos.resize((size_t) res.n * laq.store.n_heads);
     res.cell.resize(res.pos.size());
 
-    const head_choice head = { laq, plan, params, candidates, scores, columns, n_shared };
+    const head_choice head = { laq, plan, params, candidates, scores, n_shared };
     laq_parallel(laq.store.layers.size(), laq.store.n_head_kv_max() * candidates.size(), laq.n_threads(),
                  [&](uint32_t ikv) {
                      for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
@@ -115,13 +116,10 @@ laq_choice laq_choose_resident(const laq_context & laq, const laq_plan & plan, c
 
 void laq_choose_ahead(const laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order,
                       laq_choice & choice) {
-    std::vector<int32_t> pos, cell;
-    for (const uint32_t c : order) {
-        const int32_t p = laq.store.cells(plan.seq_id).pos_get(c);
-        if (p >= plan.n_end) {
-            pos.push_back(p);
-            cell.push_back((int32_t) c);
-        }
+    std::vector<int32_t>       pos;
+    const std::vector<int32_t> cell(order.begin() + laq_n_before_end(laq, plan, order), order.end());
+    for (const int32_t c : cell) {
+        pos.push_back(laq.store.cells(plan.seq_id).pos_get(c));
     }
     laq_choice res;
     res.n = choice.n + pos.size();

@@ -15,6 +15,9 @@ struct laq_plan {
     bool            recall   = false;  // archived tokens may become resident
 };
 
+// tokens that were not decoded ahead. order: cells in order of position
+uint32_t laq_n_before_end(const laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order);
+
 // a token that a head holds
 struct laq_held {
     int32_t pos;
@@ -22,7 +25,7 @@ struct laq_held {
 };
 
 // what a head holds in cells, in order of position
-std::vector<laq_held> laq_held_by(const laq_context & laq, int32_t seq_id, uint32_t ikv, uint32_t h,
+std::vector<laq_held> laq_held_by(const laq_context & laq, int32_t seq_id, uint32_t head,
                                   const std::vector<uint32_t> & cells);
 
 // Indices into view of what stays of one head, beside n_shared cells that other sequences have. Throws laq_error if
@@ -30,8 +33,8 @@ std::vector<laq_held> laq_held_by(const laq_context & laq, int32_t seq_id, uint3
 std::vector<uint32_t> laq_keep_of_head(const laq_params & params, uint32_t ikv, uint32_t h, const laq_head_view & view,
                                        uint32_t n_shared);
 
-// Of the resident tokens in `order`, before n_end and not shared: the tokens that stay. scores: a column for each of
-// `order`, or none. Throws laq_error.
+// Of the resident tokens in `order`, before n_end and not shared: the tokens that stay. scores: a column for each
+// cell, or none. Throws laq_error.
 laq_choice laq_choose_resident(const laq_context & laq, const laq_plan & plan, const std::vector<uint32_t> & order,
                                const std::vector<uint8_t> & own, const laq_scores & scores);
 

@@ -50,17 +50,15 @@ static void write_origin(const laq_context & laq, llama_io_write_i & io, int32_t
     put<uint32_t>(io, mixed.size());
     put<uint32_t>(io, has_memory);
     put<uint32_t>(io, laq.store.n_heads);
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < laq.store.layers[ikv].n_head_kv; ++h) {
-            for (size_t i = 0; i < mixed.size(); ++i) {
-                pos[i] = laq.store.origin(ikv, h, s)[mixed[i]];
-            }
-            for (size_t i = 0; i < memory.size(); ++i) {
-                memory[i] = laq.store.memory(ikv, h, s)[mixed[i]];
-            }
-            io.write(pos.data(), pos.size() * sizeof(int32_t));
-            io.write(memory.data(), memory.size() * sizeof(float));
+    for (uint32_t head = 0; head < laq.store.n_heads; ++head) {
+        for (size_t i = 0; i < mixed.size(); ++i) {
+            pos[i] = laq.store.origin(head, s)[mixed[i]];
         }
+        for (size_t i = 0; i < memory.size(); ++i) {
+            memory[i] = laq.store.memory(head, s)[mixed[i]];
+        }
+        io.write(pos.data(), pos.size() * sizeof(int32_t));
+        io.write(memory.data(), memory.size() * sizeof(float));
     }
 }
 
@@ -295,14 +293,11 @@ static void read_tables(laq_context & laq, llama_io_read_i & io, int32_t seq_id)
 //
 
 static void restore_tables(laq_context & laq, const laq_saved & saved, const std::vector<uint32_t> & mixed) {
-    for (uint32_t ikv = 0; ikv < laq.store.layers.size(); ++ikv) {
-        const laq_layer & layer = laq.store.layers[ikv];
-        for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
-            const size_t at = (size_t) (layer.first_head + h) * saved.n_mixed;
-            for (uint32_t i = 0; i < saved.n_mixed; ++i) {
-                laq.store.origin(ikv, h, saved.seq_id)[mixed[i]] = saved.origin[at + i];
-                laq.store.memory(ikv, h, saved.seq_id)[mixed[i]] = saved.memory.empty() ? 0.0f : saved.memory[at + i];
-            }
+    for (uint32_t head = 0; head < laq.store.n_heads; ++head) {
+        const size_t at = (size_t) head * saved.n_mixed;
+        for (uint32_t i = 0; i < saved.n_mixed; ++i) {
+            laq.store.origin(head, saved.seq_id)[mixed[i]] = saved.origin[at + i];
+            laq.store.memory(head, saved.seq_id)[mixed[i]] = saved.memory.empty() ? 0.0f : saved.memory[at + i];
         }
     }
 }
@@ -424,9 +419,8 @@ void laq_set_state_of_cells(laq_context & laq, int32_t seq_id, const std::vector
     }
     if (n != state.size()) {
         laq.store.kv.seq_rm(seq_id, -1, -1);
-        throw laq_error(
-            LAQ_STATUS_NO_MEMORY,
-            "no cells for a parked sequence: " + std::to_string(laq.store.n_cells() - laq.store.n_free(seq_id)) +
-                " of " + std::to_string(laq.store.n_cells()) + " are in use by other sequences");
+        throw laq_error(LAQ_STATUS_NO_MEMORY,
+                        "no cells for a parked sequence: " + std::to_string(laq.store.n_used(seq_id)) + " of " +
+                            std::to_string(laq.store.n_cells()) + " are in use by other sequences");
     }
 }

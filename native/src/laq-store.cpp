@@ -33,10 +33,8 @@ void laq_store::check(const llama_kv_cache & kv) {
             throw laq_error(LAQ_STATUS_UNSUPPORTED, "a layer of this model caches only K; unset kv_budget");
         }
     }
-    if (kv.get_has_shift()) {
-        throw laq_error(LAQ_STATUS_INVALID_ARGUMENT,
-                        "a shift of positions waits (llama_memory_seq_add): decode a token before laq_attach()");
-    }
+    laq_check(!kv.get_has_shift(),
+              "a shift of positions waits (llama_memory_seq_add): decode a token before laq_attach()");
 }
 
 void laq_store::init_rings(uint32_t n_slots, bool with_outputs) {
@@ -134,9 +132,9 @@ std::vector<uint8_t> laq_store::owned(int32_t seq_id, const std::vector<uint32_t
     return own;
 }
 
-int32_t laq_store::pos_at(const laq_seq & seq, int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const {
+int32_t laq_store::pos_at(const laq_seq & seq, int32_t seq_id, uint32_t head, uint32_t cell) const {
     const int32_t pos = cells(seq_id).pos_get(cell);
-    return pos < seq.n_intact ? origin(ikv, h, seq_id)[cell] : pos;
+    return pos < seq.n_intact ? origin(head, seq_id)[cell] : pos;
 }
 
 //
@@ -209,19 +207,16 @@ laq_commit laq_store::prepare(int32_t seq_id, const std::vector<uint32_t> & orde
 
 void laq_store::commit(int32_t seq_id, const laq_seq & before, const std::vector<uint32_t> & order,
                        const std::vector<uint8_t> & own, const laq_choice & choice, laq_commit & done) {
-    for (uint32_t ikv = 0; ikv < layers.size(); ++ikv) {
-        for (uint32_t h = 0; h < layers[ikv].n_head_kv; ++h) {
-            int32_t * held = origin(ikv, h, seq_id);
-            for (size_t i = 0; i < order.size(); ++i) {
-                if (!own[i]) {
-                    held[order[i]]                   = pos_at(before, seq_id, ikv, h, order[i]);
-                    memory(ikv, h, seq_id)[order[i]] = 0.0f;
-                }
+    for (uint32_t head = 0; head < n_heads; ++head) {
+        int32_t * held = origin(head, seq_id);
+        for (size_t i = 0; i < order.size(); ++i) {
+            if (!own[i]) {
+                held[order[i]]                 = pos_at(before, seq_id, head, order[i]);
+                memory(head, seq_id)[order[i]] = 0.0f;
             }
-            const int32_t * pos = choice.pos.data() + (size_t) (layers[ikv].first_head + h) * choice.n;
-            for (uint32_t i = 0; i < choice.n; ++i) {
-                held[done.dst[i]] = pos[i];
-            }
+        }
+        for (uint32_t i = 0; i < choice.n; ++i) {
+            held[done.dst[i]] = choice.pos[(size_t) head * choice.n + i];
         }
     }
     std::swap(kv.v_cells[stream_of(seq_id)], done.table);

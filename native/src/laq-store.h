@@ -72,8 +72,9 @@ struct laq_store {
     ggml_tensor * v(uint32_t ikv, int32_t seq_id) const { return part(ikv, 1, seq_id); }
     laq_lanes     lanes(uint32_t ikv, int part) const;
     bool          in_host_memory() const;
-    uint32_t      n_cells() const { return kv.v_cells[0].size(); }  // of a stream
-    uint32_t      n_free(int32_t seq_id) const { return n_cells() - cells(seq_id).get_used(); }
+    uint32_t      n_cells() const { return kv.v_cells[0].size(); }                   // of a stream
+    uint32_t      n_used(int32_t seq_id) const { return cells(seq_id).get_used(); }  // in the stream of a sequence
+    uint32_t      n_free(int32_t seq_id) const { return n_cells() - n_used(seq_id); }
     uint32_t      n_used() const;  // in all streams
     uint32_t      n_head_kv_max() const;
 
@@ -84,22 +85,17 @@ struct laq_store {
     // 1 = no other sequence has the cell
     std::vector<uint8_t> owned(int32_t seq_id, const std::vector<uint32_t> & order) const;
 
-    // positions that the heads of a layer hold in the cells of a stream: [n_cells]; valid below the sequence's n_intact
-    const int32_t * origin(uint32_t ikv, uint32_t h, int32_t seq_id) const {
-        return origins.data() + row(ikv, h, seq_id);
-    }
-
-    int32_t * origin(uint32_t ikv, uint32_t h, int32_t seq_id) { return origins.data() + row(ikv, h, seq_id); }
+    // A head is one of the n_heads KV heads of all layers.
+    // positions that a head holds in the cells of a stream: [n_cells]; valid below the sequence's n_intact
+    const int32_t * origin(uint32_t head, int32_t seq_id) const { return origins.data() + row(head, seq_id); }
+    int32_t *       origin(uint32_t head, int32_t seq_id) { return origins.data() + row(head, seq_id); }
 
     // what those tokens scored when a probe last looked: mean over its queries, [n_cells]
-    const float * memory(uint32_t ikv, uint32_t h, int32_t seq_id) const {
-        return memories.data() + row(ikv, h, seq_id);
-    }
-
-    float * memory(uint32_t ikv, uint32_t h, int32_t seq_id) { return memories.data() + row(ikv, h, seq_id); }
+    const float * memory(uint32_t head, int32_t seq_id) const { return memories.data() + row(head, seq_id); }
+    float *       memory(uint32_t head, int32_t seq_id) { return memories.data() + row(head, seq_id); }
 
     // the position that a head holds in a cell
-    int32_t pos_at(const laq_seq & seq, int32_t seq_id, uint32_t ikv, uint32_t h, uint32_t cell) const;
+    int32_t pos_at(const laq_seq & seq, int32_t seq_id, uint32_t head, uint32_t cell) const;
 
     // The table after an eviction, without a change: the chosen tokens lie in the first of the sequence's own cells.
     // Their positions ascend below n_intact and depend on no score.
@@ -128,7 +124,7 @@ struct laq_store {
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ring_bufs;
 
-    size_t row(uint32_t ikv, uint32_t h, int32_t seq_id) const {
-        return ((size_t) (layers[ikv].first_head + h) * kv.n_stream + stream_of(seq_id)) * n_cells();
+    size_t row(uint32_t head, int32_t seq_id) const {
+        return ((size_t) head * kv.n_stream + stream_of(seq_id)) * n_cells();
     }
 };

@@ -127,7 +127,7 @@ laq_status laq_get_archived(laq_context * laq, int32_t seq_id, uint32_t ikv, uin
             const uint8_t *      rows = archive.part(pos / laq_archive::N_BLOCK, ikv, is_v, scratch);
             *held                     = rows != nullptr;
             if (rows) {
-                memcpy(dst, rows + (head * laq_archive::N_BLOCK + pos % laq_archive::N_BLOCK) * size, size);
+                memcpy(dst, laq_archive::row_of(rows, head, pos, size), size);
             }
         }
     });

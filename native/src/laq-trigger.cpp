@@ -50,25 +50,25 @@ static uint32_t n_to_be_had(const laq_context & laq, const laq_wanted & wanted, 
 // in one stream, whose sequences are given
 static bool make_room(laq_context & laq, const laq_wanted & wanted, const std::vector<int32_t> & seqs,
                       uint32_t n_wanted) {
-    uint32_t n_over = 0;
+    const auto enough = [&](uint32_t n_more) { return laq.store.n_free(seqs[0]) + n_more >= n_wanted; };
+    if (enough(0)) {
+        return true;
+    }
+    std::vector<std::pair<uint32_t, int32_t>> over;  // cells to be had, of whom
+    uint32_t                                  n_over = 0;
     for (const int32_t s : seqs) {
-        n_over += n_to_be_had(laq, wanted, s);
+        over.emplace_back(n_to_be_had(laq, wanted, s), s);
+        n_over += over.back().first;
     }
-    if (laq.store.n_free(seqs[0]) + n_over < n_wanted) {
-        return false;
-    }
-    while (laq.store.n_free(seqs[0]) < n_wanted) {
-        const int32_t s = *std::max_element(seqs.begin(), seqs.end(), [&](int32_t a, int32_t b) {
-            return n_to_be_had(laq, wanted, a) < n_to_be_had(laq, wanted, b);
-        });
-        if (n_to_be_had(laq, wanted, s) == 0) {
-            return false;
-        }
+    std::stable_sort(over.begin(), over.end(), [](const auto & a, const auto & b) { return a.first > b.first; });
+    for (auto it = over.begin(); enough(n_over) && !enough(0) && it != over.end(); ++it) {
+        const int32_t s = it->second;
+        n_over -= it->first;
         // an eviction that waits is the turn's own
         const bool recall = laq.seqs[s].phase.is(laq_phase::WAITING) || laq.params.recall == LAQ_RECALL_ALWAYS;
         laq_evict_to(laq, s, laq.params.n_kv_budget, recall);
     }
-    return true;
+    return enough(0);
 }
 
 bool laq_make_room(laq_context & laq, const laq_wanted & wanted) {

@@ -169,7 +169,8 @@ def test_an_answer_is_read_again_with_the_next_message(tiny_gguf: Callable[..., 
     prompt += tokens_of(30, seed=3)
     llm.eval(prompt[llm.n_tokens :])
     stats = llm.kv_stats()
-    assert stats.n_reread == 11 and stats.n_recalls == 2
+    # on a device each turn recalls what it is looked ahead from, too
+    assert stats.n_reread == 11 and stats.n_recalls == (2 if device.ON_CPU else 4)
     wanted = last_logits(whole(tiny_gguf, prompt, **exact))
     assert_nmse(last_logits(llm), wanted, NMSE, "logits")
 
