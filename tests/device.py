@@ -2,9 +2,10 @@
 
 env: LAQ_TEST_DEVICE  as ggml names it (laq-gguf doctor shows the names): CUDA0, Vulkan0; unset: CPU
 
-Mesa's llvmpipe 22.3 takes a reference to every descriptor of a set, also to those that a shader does
-not use. ggml-vulkan uses sets again, with descriptors of buffers that were freed since. So a test
-may crash in the driver where ggml makes a buffer larger, as for FlashAttention to a longer text.
+Mesa's llvmpipe 22.3 takes a reference to every descriptor of a set, also to those that a shader
+does not use. ggml-vulkan uses sets again, with descriptors of buffers that were freed since. So a
+test may crash in the driver where ggml makes a buffer larger, as for FlashAttention to a longer
+text.
 """
 
 from __future__ import annotations
