@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from . import log
 from ._version import LLAMA_CPP_PYTHON_VERSION
 from .errors import LaqLibraryError, LaqStateError, native_error
 from .stats import KvStats
@@ -124,6 +125,7 @@ def _import_llama_cpp(path: Path) -> Any:
             f"{LLAMA_CPP_PYTHON_VERSION}: CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install "
             f"llama-cpp-python=={LLAMA_CPP_PYTHON_VERSION}"
         )
+    log.bridge(llama_cpp)
     return llama_cpp
 
 
@@ -288,33 +290,6 @@ class Attachment:
         dst = self._native.ffi.from_buffer("int32_t[]", kept, require_writable=True)
         self._call("laq_kept_positions", dst, kept.size)
         return kept
-
-
-@contextmanager
-def native_errors() -> Iterator[list[str]]:
-    """Collect the error lines that llama.cpp logs inside the block; all lines still get logged.
-
-    Yields:
-        The error lines so far, oldest first.
-    """
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    previous, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
-    lines: list[str] = []
-    log_error = 4  # GGML_LOG_LEVEL_ERROR in ggml.h; llama_cpp's own list of levels is outdated
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, _: Any) -> None:
-        if level == log_error and text.strip():
-            lines.append(text.decode("utf-8", "replace").strip())
-        if previous:
-            previous(level, text, user_data)
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p())
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(previous, user_data)
 
 
 class Device(NamedTuple):

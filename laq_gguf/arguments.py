@@ -63,7 +63,7 @@ def check_compatible(kwargs: dict[str, Any]) -> None:
 def check_file(path: str) -> None:
     """Refuse what is not a GGUF file."""
     if not os.path.isfile(path):
-        raise LaqModelError(f"model_path: there is no file {path}")
+        raise LaqModelError(f"Model path does not exist: {path}")  # llama_cpp's words
     try:
         with open(path, "rb") as file:
             magic = file.read(4)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import config, recall
+from . import config, log, recall
 from ._version import LLAMA_CPP_PYTHON_VERSION, __version__
 from .errors import LaqArgumentError, LaqError, LaqLibraryError
 
@@ -153,15 +155,6 @@ def _read_document(path: str | None) -> str:
         raise LaqArgumentError(f"--file: {path} is not a text in UTF-8: {error.reason}") from error
 
 
-def _silence_llama_cpp() -> None:
-    """Drop llama.cpp's log; `native_errors` still sees it."""
-    import llama_cpp
-
-    callback = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
-    llama_cpp.llama_log_set(callback, llama_cpp.ctypes.c_void_p())
-    _silence_llama_cpp.callback = callback  # type: ignore[attr-defined]  # native code keeps it
-
-
 class _ReadingBar:
     """Progress bar on stderr while the prompt is read; remembers how long the prompt was."""
 
@@ -189,7 +182,9 @@ def _open_model(args: argparse.Namespace) -> Llama:
     from .llama import Llama
 
     if not args.verbose:
-        _silence_llama_cpp()
+        import llama_cpp
+
+        log.silence(llama_cpp)
     return Llama(
         args.model,
         kv_budget=args.kv_budget,
@@ -291,7 +286,7 @@ def _doctor(args: argparse.Namespace) -> int:
     native = _lib.load()
     import llama_cpp
 
-    _silence_llama_cpp()
+    log.silence(llama_cpp)
     print(f"llama_cpp         {llama_cpp.__version__} in {llama_cpp.__path__[0]}")
     print(f"libllama          {native.path}")
     for key, value in native.build_info().items():
@@ -314,8 +309,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return commands.main(argv[1:])
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a character of the answer
     try:
         return args.run(args)
+    except BrokenPipeError:
+        # who reads the answer has seen enough; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except (LaqError, ValueError, RuntimeError, MemoryError) as error:
         with suppress(OSError):
             print(f"laq-gguf: error: {' '.join(str(error).split())}", file=sys.stderr)

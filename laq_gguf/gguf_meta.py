@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +228,10 @@ class ModelShape:
     n_embd_head_v: int
     n_ctx_train: int
     rope_scaling: RopeScaling
+
+    def length(self, overrides: Mapping[str, Any] | None = None) -> int:
+        """n_ctx_train, or what `kv_overrides` of `Llama` say in its place."""
+        return int((overrides or {}).get(f"{self.architecture}.context_length", self.n_ctx_train))
 
     def bytes_per_cell(
         self, type_k: int | None = None, type_v: int | None = None, flash_attn: bool = True

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ._lib import Attachment, load, native_errors
+from ._lib import Attachment, load
 
 native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
 import llama_cpp  # noqa: E402
 
+from . import session  # noqa: E402
 from .arguments import check_compatible, check_file, check_names  # noqa: E402
 from .chat import RENDERED, system_prefix  # noqa: E402
 from .config import CONFIG_NAMES, LaqConfig, check_staging, parse_bytes, round_cells  # noqa: E402
-from .errors import LaqContextFullError, LaqModelError, LaqNativeError, LaqStateError  # noqa: E402
+from .errors import (  # noqa: E402
+    LaqArgumentError,
+    LaqContextFullError,
+    LaqInvalidError,
+    LaqModelError,
+    LaqNativeError,
+    LaqStateError,
+)
 from .gguf_meta import read_shape  # noqa: E402
+from .guard import Closed, exclusive  # noqa: E402
+from .log import native_errors  # noqa: E402
 from .parking import ParkingMixin  # noqa: E402
 from .recall import RECALL_NAMES, RecallConfig  # noqa: E402
 from .settings import SettingsMixin  # noqa: E402
 from .state import StateMixin  # noqa: E402
+
+
+def _too_many(n_tokens: int, n_ctx: int) -> str:
+    # servers and clients know llama_cpp's words: they answer 400, or trim the chat and try again
+    return f"Requested tokens ({n_tokens}) exceed context window of {n_ctx}"
 
 
 class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
@@ -38,7 +54,9 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
 
     progress: Callable[[int, int], None] | None = None
     _laq: Attachment | None = None
-    _is_decoding = False  # generate() is past the prompt: several tokens are a draft sent to it
+    _is_prompt: bool | None = None  # whether generate() decodes a prompt; None: no generate()
+    _answer: object | None = None  # the answer that is being generated, which no other call ended
+    _looks_up = False  # a completion that has not begun may load a state from the cache
     _n_ctx_logical: int | None = None  # None: as many as there are cells
     _pinned_prefix: Sequence[int] = ()  # the system turn of the chat
 
@@ -131,6 +149,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             LaqUnsupportedError: (a RuntimeError and ValueError) this model cannot be evicted.
         """
         check_names(kwargs)
+        self._lock = threading.RLock()
         self.laq_config = LaqConfig(
             kv_policy=kv_policy,
             lookahead=lookahead,
@@ -172,13 +191,14 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 self._size(path, n_ctx, kwargs)
         check_file(path)
         if kv_budget is not None:
-            n_ctx = n_ctx or round_cells(read_shape(path).n_ctx_train)
+            n_ctx = n_ctx or round_cells(read_shape(path).length(kwargs.get("kv_overrides")))
             self.kv_budget, n_cells = self._size(path, n_ctx, {**kwargs, "flash_attn": flash_attn})
         kwargs.update(n_ctx=n_cells, seed=seed, flash_attn=flash_attn)
         try:
             self._load(path, kwargs)
             self._n_ctx = min(self._n_ctx, len(self.input_ids))
             if self.kv_budget is not None:
+                self._fingerprints = session.fingerprints(path, kwargs)
                 self._set_length(n_ctx, kwargs)
                 self._attach(self.kv_budget, n_ctx)
         except BaseException:
@@ -245,20 +265,22 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             return
         if n_tokens > self.n_ctx():
             raise LaqContextFullError(
-                f"{n_tokens} tokens do not fit n_ctx={self.n_ctx()}: shorten the prompt, call "
-                "reset(), or make the model with a larger n_ctx"
+                f"{_too_many(n_tokens, self.n_ctx())}: shorten the prompt, call reset(), or make "
+                "the model with a larger n_ctx"
             )
         raise LaqContextFullError(
-            f"{n_tokens} tokens: the model was trained for {self._n_ctx} positions and answers "
-            "nonsense beyond; shorten the conversation, call reset(), or say with "
+            f"{_too_many(n_tokens, self._n_ctx)}, the positions that the model was trained for: it "
+            "answers nonsense beyond; shorten the conversation, call reset(), or say with "
             "rope_scaling_type, rope_freq_base or rope_freq_scale how to stretch it"
         )
 
+    @exclusive
     def eval(self, tokens: Sequence[int]) -> None:
         """Decode tokens after the ones already decoded.
 
-        More than one token is taken as a prompt, unless they were sent into `generate`. With
-        kv_budget, what finds no cells makes older tokens be evicted.
+        More than one token is taken as a prompt; `generate` knows which tokens are one. With
+        kv_budget, what finds no cells makes older tokens be evicted. An answer that is being
+        generated ends.
 
         Raises:
             LaqContextFullError: n_tokens + len(tokens) is above n_ctx, or above what the model
@@ -267,10 +289,11 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             LaqNativeError: decoding or the eviction failed, or was aborted.
         """
         self._check_room(self.n_tokens + len(tokens))
+        self._end_answer()
         if self._laq is not None:
             self._truncate()
         try:
-            if len(tokens) > 1 and not self._is_decoding:
+            if len(tokens) > 1 if self._is_prompt is None else self._is_prompt:
                 self._read(tokens)
             else:
                 self._decode(tokens)
@@ -285,6 +308,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         n_total, n_done = len(tokens), 0
         left = np.asarray(tokens, dtype=np.int32)
         if self._laq is not None:
+            self._laq.flush()  # an answer shorter than the lookahead left an eviction waiting
             self._pin(left)
         while n_done < n_total:
             n = self.n_batch if self._laq is None else self._laq.prompt_next(left[n_done:])
@@ -318,7 +342,13 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             begin = np.concatenate([self._input_ids[:n], tokens[: max(0, n - self.n_tokens)]])
             if begin.tolist() == list(self._pinned_prefix):
                 spans.append((0, n))
-        self._laq.set_pinned(spans)
+        try:
+            self._laq.set_pinned(spans)
+        except LaqInvalidError as error:
+            raise LaqArgumentError(
+                f"the system turn of this chat, which pin_system keeps whole, has {n} tokens: "
+                f"raise kv_budget, or make the Llama with pin_system=False ({error})"
+            ) from error
 
     def _truncate(self) -> None:
         """Drop what lies beyond n_tokens; llama_cpp ignores that an evicted cache can refuse it."""
@@ -329,8 +359,15 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 "prompt again"
             )
 
+    def _end_answer(self) -> None:
+        """The conversation goes on in another way than by the answer that is being generated."""
+        if self._is_prompt is None:
+            self._answer = None
+
+    @exclusive
     def reset(self) -> None:
         """Forget all tokens."""
+        self._end_answer()
         super().reset()
         if self._laq is not None:
             self._ctx.kv_cache_clear()
@@ -340,27 +377,32 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         tokens = list(tokens)
+        self._looks_up = False
         self._check_room(len(tokens))
         generator = super().generate(tokens, *args, **kwargs)
-        sent, has_read_prompt = None, False
-        try:
-            while True:
-                self._is_decoding = has_read_prompt
+        answer, sent = object(), None
+        with self._lock:
+            self._answer = answer
+        is_prompt = True
+        while True:
+            with self._lock:
+                if self._answer is not answer:
+                    raise LaqStateError(
+                        "the model was used for something else while this answer was generated: "
+                        "finish or close a stream before the next call"
+                    )
+                self._is_prompt = is_prompt
                 try:
                     token = generator.send(sent)
                 except StopIteration:
                     return
                 finally:
-                    self._is_decoding = False
-                has_read_prompt = True
-                sent = yield token
-        finally:
-            generator.close()
-            # an answer shorter than the lookahead leaves an eviction waiting
-            if self._laq is not None and not self._laq.is_closed:
-                self._laq.flush()
+                    self._is_prompt = None
+            is_prompt = False
+            sent = yield token
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self._looks_up = True
         try:
             yield from super()._create_completion(*args, **kwargs)
         except ValueError as error:
@@ -369,8 +411,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             n_prompt = int("".join(filter(str.isdigit, str(error).partition(")")[0])))
             self._check_room(n_prompt)
             raise LaqContextFullError(
-                f"a prompt of {n_prompt} tokens leaves no room for an answer in n_ctx="
-                f"{self._n_ctx}: shorten the prompt or make the model with a larger n_ctx"
+                f"{_too_many(n_prompt, self._n_ctx)} with the answer: shorten the prompt or make "
+                "the model with a larger n_ctx"
             ) from error
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
@@ -386,10 +428,18 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         return super().create_chat_completion(messages, *args, **kwargs)
 
     def close(self) -> None:
-        """Free the model, also one whose construction failed."""
+        """Free the model, also one whose construction failed. What is called later raises."""
         stack = getattr(self, "_stack", None)
         if stack is not None:
-            stack.close()
+            with self._lock:
+                stack.close()
+                self._ctx = self._model = self._batch = self.tokenizer_ = Closed()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

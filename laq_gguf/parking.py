@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ._lib import Attachment, load
 from .errors import LaqArgumentError, LaqStateError
+from .guard import exclusive
 
 native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
 
@@ -60,6 +61,7 @@ class ParkingMixin:
 
     _parked: dict[str, _Parked]
 
+    @exclusive
     def park(self: Any, name: str) -> None:
         """The chat leaves the cells and waits outside; the next one begins from nothing.
 
@@ -101,6 +103,7 @@ class ParkingMixin:
         self._pinned_prefix = ()
         self.reset()
 
+    @exclusive
     def resume(self: Any, name: str) -> None:
         """A parked chat comes back as it was; nothing of it is read again.
 
@@ -136,6 +139,7 @@ class ParkingMixin:
         self._open("parked()")
         return {name: parked.chat for name, parked in self._parked.items()}
 
+    @exclusive
     def forget(self: Any, name: str) -> None:
         """Drop a parked chat; its file is gone as well.
 

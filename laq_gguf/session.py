@@ -39,10 +39,16 @@ _N_BLOCKS, _BLOCK_SIZE = 16, 64 * 1024
 #: keys of a header that are no setting: what to change instead where they differ
 _ADVICE = {
     "model_fingerprint": "load the model_path that the session was saved with",
+    "lora_fingerprint": "load the lora_path that the session was saved with",
     "llama_cpp_commit": "install the laq_gguf build that the session was saved with",
     "laq_version": "install the laq_gguf version that the session was saved with",
     "abi_version": "install the laq_gguf build that the session was saved with",
 }
+#: settings of RoPE in `llama_context_params`: keys are rotated by them
+ROPE = (
+    "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor",
+    "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx",
+)  # fmt: skip
 _MODEL_KEYS = frozenset(
     {"architecture", "n_layer", "n_head_kv", "n_embd_head_k", "n_embd_head_v", "n_vocab", "n_embd"}
 )
@@ -229,6 +235,22 @@ def _advice(key: str, there: Any) -> str:
     if key in _MODEL_KEYS:
         return _ADVICE["model_fingerprint"]
     return _ADVICE.get(key, f"make the Llama with {key}={there!r}")
+
+
+def fingerprints(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the files that K and V come from, and the settings of `Llama` that change their content.
+
+    Raises:
+        LaqModelError: a file cannot be read.
+    """
+    lora = settings.get("lora_path")
+    overrides = settings.get("kv_overrides") or {}
+    return {
+        "model_fingerprint": model_fingerprint(path),
+        "lora_fingerprint": model_fingerprint(lora) if lora else None,
+        "lora_scale": float(settings.get("lora_scale", 1.0)) if lora else None,
+        "kv_overrides": {name: overrides[name] for name in sorted(overrides)},
+    }
 
 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:

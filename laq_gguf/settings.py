@@ -8,6 +8,7 @@ from typing import Any
 from ._lib import load
 from .config import LaqConfig
 from .errors import LaqArgumentError
+from .guard import exclusive
 
 native = load()
 
@@ -15,6 +16,7 @@ native = load()
 class SettingsMixin:
     """set_eviction of `Llama`."""
 
+    @exclusive
     def set_eviction(self: Any, kv_budget: int | float | None = None, **settings: Any) -> None:
         """Other settings from the next prompt on. What was evicted stays so, the cells are those
         of the construction, and nothing is allocated.
@@ -29,8 +31,8 @@ class SettingsMixin:
             LaqArgumentError: a value is out of range, or bytes, or the policy cannot recall.
             LaqStateError: the model was made without kv_budget, or is closed.
             LaqNativeError: more lookahead or window than was allocated for, a policy that scores
-                after one that does not, values fitted after none were, or an eviction waits.
-                Nothing was changed.
+                after one that does not, values fitted after none were, or an eviction of a
+                parked chat waits. Nothing was changed.
         """
         laq = self._attached("set_eviction()")
         if isinstance(kv_budget, str):
@@ -44,6 +46,7 @@ class SettingsMixin:
         budget = config.resolve_budget(asked, self.n_ctx())
         params, spans = config.to_native(native, budget, self.n_ctx(), self._seed)
         folder = self.recall_config.to_native(native, params)
+        laq.flush()  # what an answer shorter than the lookahead left waiting, as it was to be
         laq.set_params(params)
         del spans, folder  # laq_set_params has copied them
         self.laq_config, self.kv_budget, self._asked["kv_budget"] = config, budget, asked

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import session
-from ._lib import SEQ_ID, Attachment, load, native_errors
+from ._lib import SEQ_ID, Attachment, load
 from ._version import __version__
 from .config import SCORED_POLICIES
-from .errors import LaqStateError
+from .errors import LaqContextFullError, LaqStateError
+from .guard import exclusive
+from .log import native_errors
 from .stats import KvStats
 
 native = load()  # before llama_cpp: it decides which libllama llama_cpp gets
@@ -54,6 +56,7 @@ class StateMixin:
         """
         return self._attached("kept_positions()").kept_positions()
 
+    @exclusive
     def recall(self: Any) -> None:
         """Choose from all tokens, archived and resident, by the last ones decoded.
 
@@ -97,6 +100,7 @@ class StateMixin:
         read = llama_cpp.llama_state_seq_set_data(self._ctx.ctx, source, len(data), SEQ_ID)
         return 0 < read == len(data)  # 0 = nothing could be read
 
+    @exclusive
     def save_state(self: Any) -> llama_cpp.LlamaState:
         """Tokens, KV cache and what the eviction knows, for `load_state`.
 
@@ -117,6 +121,7 @@ class StateMixin:
             seed=self._seed,
         )
 
+    @exclusive
     def load_state(self: Any, state: llama_cpp.LlamaState) -> None:
         """Go back to a saved state, of a model made with the same settings.
 
@@ -125,6 +130,14 @@ class StateMixin:
             LaqStateError: the state was saved under other settings. In both cases nothing was
                 changed.
         """
+        try:
+            self._load_state(state)
+        except (LaqContextFullError, LaqStateError) as error:
+            if self._looks_up:
+                raise KeyError("the entry of the cache does not fit") from error  # so it is a miss
+            raise
+
+    def _load_state(self: Any, state: llama_cpp.LlamaState) -> None:
         self._check_room(state.n_tokens)
         if self._laq is None:
             self._load_plain(state)
@@ -162,6 +175,7 @@ class StateMixin:
         self.input_ids = input_ids
 
     def _take_tokens(self: Any, tokens: Any) -> None:
+        self._end_answer()
         self.n_tokens = len(tokens)
         self.input_ids[: self.n_tokens] = tokens
         self._requires_eval = True  # the logits of the last token are not part of a state
@@ -170,17 +184,19 @@ class StateMixin:
         """What has to be the same where a session is loaded."""
         params = self.context_params
         return {
-            "model_fingerprint": session.model_fingerprint(self.model_path),
+            **self._fingerprints,
             "llama_cpp_commit": native.build_info()["llama.cpp"],
             "abi_version": int(native.lib.laq_abi_version()),
             "type_k": int(params.type_k),
             "type_v": int(params.type_v),
             "flash_attn": params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            **{name: getattr(params, name) for name in session.ROPE},
             "window_size": self.laq_config.window_size,
             "snapkv_window": self.laq_config.snapkv_window,
             "lookahead_size": self.laq_config.lookahead_size,
         }
 
+    @exclusive
     def save_session(self: Any, path: str | os.PathLike[str], *, archive: bool = True) -> None:
         """Write the conversation to a file: tokens, cells and the tables of its evictions.
 
@@ -213,6 +229,7 @@ class StateMixin:
             state = self._sequence()
         session.write_session(path, header, self._input_ids.astype(np.int32), state)
 
+    @exclusive
     def load_session(self: Any, path: str | os.PathLike[str]) -> None:
         """Go on with the conversation of a file from `save_session`.
 

@@ -90,11 +90,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     truncated.write_bytes(Path(model).read_bytes()[:100_000])
     text = ["--file", str(document)]
     cases = {
-        "there is no file": ["--model", "no.gguf"],
+        "Model path does not exist": ["--model", "no.gguf"],
         "is not a GGUF file": ["--model", str(document)],
         "Failed to load model": ["--model", str(truncated)],
         "cannot be read": ["--model", model, "--file", "no.txt"],
-        "tokens do not fit n_ctx=256": ["--model", model, *text, "--n-ctx", "256"],
+        "exceed context window of 256": ["--model", model, *text, "--n-ctx", "256"],
         "are always kept": ["--model", model, *text, "--kv-budget", "5", "--n-ctx", "1024"],
         "above n_ctx=256": ["--model", model, *text, "--kv-budget", "500", "--n-ctx", "256"],
         "quantized V cache": ["--model", model, *text, "--type-v", "q8_0", "--no-flash-attn"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import device
 from integration.decoding import greedy, open_llama, tokens_of
 from laq_gguf.errors import LaqNativeError
 from tolerances import assert_nmse
@@ -93,7 +94,8 @@ def test_when_tokens_are_recalled(tiny_gguf: Callable[..., Path], when: str) -> 
     llm = open_llama(tiny_gguf("llama"), recall=when, **SETTINGS)
     prompt = turn(llm, [], 1, 300)
     n_turn = llm.kv_stats().n_recalls
-    assert n_turn == 1
+    # on a device once more, for what it is looked ahead from
+    assert n_turn == (1 if device.ON_CPU else 2)
     n_evictions = llm.kv_stats().n_evictions
     for token in [prompt[-1], *tokens_of(250, seed=3)]:  # more than the cells
         llm.eval([token])

@@ -83,7 +83,7 @@ def test_state_of_another_shape_is_refused(tiny_gguf: Callable[..., Path]) -> No
     llm.eval(tokens_of(300))
     state = llm.save_state()
     small = open_llama(tiny_gguf("llama"), kv_budget=64, n_ctx=256)
-    with pytest.raises(ValueError, match="300 tokens do not fit n_ctx=256"):
+    with pytest.raises(ValueError, match=r"Requested tokens .300. exceed context window of 256"):
         small.load_state(state)
     deeper = open_llama(tiny_gguf("llama", n_layer=3), kv_budget=64)
     with pytest.raises(LaqStateError, match="does not fit this model"):

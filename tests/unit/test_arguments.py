@@ -35,7 +35,7 @@ def test_settings_that_exclude_a_budget(setting: str, value: object) -> None:
 
     with pytest.raises(LaqArgumentError, match=f"{setting}=.* cannot be combined with kv_budget"):
         Llama(MISSING, kv_budget=128, **{setting: value})
-    with pytest.raises(LaqModelError, match="there is no file"):
+    with pytest.raises(LaqModelError, match="Model path does not exist"):
         Llama(MISSING, **{setting: value})
 
 
@@ -63,7 +63,7 @@ def test_model_files(tmp_path: Path) -> None:
     text.write_text("not a model")
     with pytest.raises(LaqModelError, match="is not a GGUF file"):
         Llama(str(text))
-    with pytest.raises(LaqModelError, match="there is no file"):
+    with pytest.raises(LaqModelError, match="Model path does not exist"):
         Llama(str(tmp_path))
 
 
