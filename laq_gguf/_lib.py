@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import log
 from ._version import LLAMA_CPP_PYTHON_VERSION
 from .errors import LaqLibraryError, LaqStateError, native_error
 from .stats import KvStats
@@ -125,7 +124,6 @@ def _import_llama_cpp(path: Path) -> Any:
             f"{LLAMA_CPP_PYTHON_VERSION}: CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install "
             f"llama-cpp-python=={LLAMA_CPP_PYTHON_VERSION}"
         )
-    log.bridge(llama_cpp)
     return llama_cpp
 
 

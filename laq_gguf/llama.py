@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -54,7 +55,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
 
     progress: Callable[[int, int], None] | None = None
     _laq: Attachment | None = None
-    _is_prompt: bool | None = None  # whether generate() decodes a prompt; None: no generate()
+    _n_least: float = 2  # tokens that `eval` takes for a prompt, at least
+    _is_generating = False  # `generate` decodes, and no caller
     _answer: object | None = None  # the answer that is being generated, which no other call ended
     _looks_up = False  # a completion that has not begun may load a state from the cache
     _n_ctx_logical: int | None = None  # None: as many as there are cells
@@ -239,7 +241,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         return super().n_ctx() if self._n_ctx_logical is None else self._n_ctx_logical
 
     def _load(self, model_path: str, kwargs: dict[str, Any]) -> None:
-        with native_errors() as lines:
+        with native_errors(llama_cpp) as lines:
             try:
                 super().__init__(model_path, **kwargs)
             except ValueError as error:
@@ -293,7 +295,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         if self._laq is not None:
             self._truncate()
         try:
-            if len(tokens) > 1 if self._is_prompt is None else self._is_prompt:
+            if len(tokens) >= self._n_least:
                 self._read(tokens)
             else:
                 self._decode(tokens)
@@ -361,7 +363,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
 
     def _end_answer(self) -> None:
         """The conversation goes on in another way than by the answer that is being generated."""
-        if self._is_prompt is None:
+        if not self._is_generating:
             self._answer = None
 
     @exclusive
@@ -383,7 +385,9 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         answer, sent = object(), None
         with self._lock:
             self._answer = answer
-        is_prompt = True
+            # what follows a cut is a prompt, even if it is one token: an answer is generated again
+            n_same = self.longest_token_prefix(self._input_ids, tokens)
+            n_least: float = 1 if n_same < self.n_tokens else 2
         while True:
             with self._lock:
                 if self._answer is not answer:
@@ -391,14 +395,14 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                         "the model was used for something else while this answer was generated: "
                         "finish or close a stream before the next call"
                     )
-                self._is_prompt = is_prompt
+                self._n_least, self._is_generating = n_least, True
                 try:
                     token = generator.send(sent)
                 except StopIteration:
                     return
                 finally:
-                    self._is_prompt = None
-            is_prompt = False
+                    self._n_least, self._is_generating = Llama._n_least, False
+            n_least = math.inf  # several tokens are a draft that was sent
             sent = yield token
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:

@@ -72,7 +72,7 @@ class StateMixin:
         Raises:
             LaqStateError: llama.cpp could not write it.
         """
-        with native_errors() as lines:
+        with native_errors(llama_cpp) as lines:
             size = llama_cpp.llama_state_seq_get_size(self._ctx.ctx, SEQ_ID)
             buffer = (ctypes.c_uint8 * size)()
             written = llama_cpp.llama_state_seq_get_data(self._ctx.ctx, buffer, size, SEQ_ID)
@@ -87,7 +87,7 @@ class StateMixin:
             LaqStateError: the data does not fit this model.
         """
         before = self._sequence()
-        with native_errors() as lines:
+        with native_errors(llama_cpp) as lines:
             done = self._set_sequence(data)
         if not done:
             if not self._set_sequence(before):  # cannot be: it was there a moment ago
@@ -161,7 +161,7 @@ class StateMixin:
                 "the state does not fit this model: it was saved with kv_budget, by another model, "
                 "or with another n_batch or logits_all"
             )
-        with native_errors() as lines:
+        with native_errors(llama_cpp) as lines:
             try:
                 super().load_state(state)  # type: ignore[misc]
             except RuntimeError as error:

@@ -179,11 +179,16 @@ def test_deferred_evicts_after_the_lookahead(tiny_gguf: Callable[..., Path]) -> 
 
 
 @pytest.mark.parametrize("n_answer", [1, 2, 5])
-def test_short_answer_settles_the_eviction(tiny_gguf: Callable[..., Path], n_answer: int) -> None:
+def test_a_short_answer_leaves_its_eviction_to_the_next_prompt(
+    tiny_gguf: Callable[..., Path], n_answer: int
+) -> None:
     llm = open_llama(tiny_gguf("llama"), kv_budget=64)
     greedy(llm, tokens_of(N_PROMPT), n_answer)
     stats = llm.kv_stats()
-    assert not stats.pending and stats.n_evictions == 1 and stats.n_resident == 64
+    assert stats.pending and stats.n_evictions == 0 and stats.n_resident == N_PROMPT + n_answer - 1
+    llm.eval(tokens_of(2))
+    stats = llm.kv_stats()
+    assert stats.n_evictions == 1 and stats.n_resident == 64 + 2
 
 
 def test_single_tokens_are_no_prompt(tiny_gguf: Callable[..., Path]) -> None:

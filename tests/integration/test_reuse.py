@@ -54,7 +54,7 @@ def test_same_prompt_again_reuses_the_cache(tiny_gguf: Callable[..., Path], look
     greedy(llm, prompt, 20)
     llm.progress = reads = Reads()
     second = greedy(llm, prompt, 20)
-    assert reads.totals == [] and llm.kv_stats().n_evictions == 1
+    assert reads.totals == [1], "the last token is decoded again"
     assert greedy(llm, prompt, 20) == second
 
 
