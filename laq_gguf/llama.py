@@ -310,7 +310,6 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         n_total, n_done = len(tokens), 0
         left = np.asarray(tokens, dtype=np.int32)
         if self._laq is not None:
-            self._laq.flush()  # an answer shorter than the lookahead left an eviction waiting
             self._pin(left)
         while n_done < n_total:
             n = self.n_batch if self._laq is None else self._laq.prompt_next(left[n_done:])
@@ -387,7 +386,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
             self._answer = answer
             # what follows a cut is a prompt, even if it is one token: an answer is generated again
             n_same = self.longest_token_prefix(self._input_ids, tokens)
-            n_least: float = 1 if n_same < self.n_tokens else 2
+            is_cut = kwargs.get("reset", True) and n_same < self.n_tokens
+            n_least: float = 1 if is_cut else 2
         while True:
             with self._lock:
                 if self._answer is not answer:
@@ -418,6 +418,8 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                 f"{_too_many(n_prompt, self._n_ctx)} with the answer: shorten the prompt or make "
                 "the model with a larger n_ctx"
             ) from error
+        finally:
+            self._looks_up = False
 
     def create_chat_completion(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         """llama_cpp's, with the system turn pinned (see pin_system)."""

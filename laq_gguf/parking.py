@@ -67,7 +67,7 @@ class ParkingMixin:
 
         What the cells hold is copied to host memory. The archive is not copied: it stays where it
         is, and each chat's may have kv_recall_limit bytes in host memory. An eviction that waits
-        for its lookahead goes on waiting. Finish or close a stream of the chat before.
+        for its lookahead goes on waiting. A stream of the chat ends with LaqStateError.
 
         Args:
             name: by which `resume` finds it, not empty.

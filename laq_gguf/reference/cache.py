@@ -151,7 +151,10 @@ class KVCache:
     def prompt_next(self) -> int:
         """Begin to read a prompt, unless one is being read. Comes before each `plan`; where that
         finds no cells, `evict` down to the budget comes before another one. Returns how many of the
-        last tokens, at most, are to be taken back and read again."""
+        last tokens, at most, are to be taken back and read again. An eviction that waits is made
+        if tokens were generated: their answer was shorter than the lookahead."""
+        if self.pending and self.n_tokens > self.phase.n_prompt:
+            self.flush()
         self._read()
         if not self.attends or self.n_exact is None:
             return 0

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from .select import PolicyParams
 
 MIN_CHUNK = 32
-#: where batches are smaller, an eviction makes room for so many times the cells of a probe
-CHUNK_PROBES = 4
 #: Most tokens that attend to cells and archive at once.
 N_ATTEND = 128
 #: Most tokens of an answer that are removed and read again, attending, before the next prompt.
@@ -50,14 +48,11 @@ def plan_chunk(
     # in, where nothing could be evicted now
     if n_left + params.ahead <= free or (n_left <= free and n_resident <= params.budget):
         return ChunkPlan(min(n_left, n_batch))
-    # small batches share an eviction, or their probes would be most of what is decoded
-    most = max(n_batch, CHUNK_PROBES * room)
-    chunk = min(most, n_left, params.chunk_size or most)
-    step = min(chunk, n_batch)
+    step = min(n_batch, n_left, params.chunk_size or n_batch)
     if free - room >= step:
         return ChunkPlan(step)
     # the cells stay as full as they may: only what the next chunk needs goes
-    n_evict = min(chunk + room - free, max(n_resident - params.budget, 0))
+    n_evict = min(step + room - free, max(n_resident - params.budget, 0))
     n_tokens = min(step, free + n_evict - room)
     n_probe = min(params.probe_size, n_left, free - params.probe_ahead) if looks_ahead else 0
     if n_tokens < 1 or (looks_ahead and n_probe < 1):

@@ -188,6 +188,7 @@ enum laq_status laq_set_pinned(struct laq_context * laq, int32_t seq_id, const s
 
 // Comes before each llama_decode() of a piece of a prompt. tokens [n_tokens] is what is left of the prompt. *n_chunk
 // receives how many of them to decode next, in one batch.
+// Tokens that were generated since the last prompt are an answer: an eviction that waits for more of it is made first.
 // Without an archive: if they find no cells, a probe decides what is evicted. The last n_probe tokens of the prompt and
 // at most 8 greedy tokens are decoded, score the cached keys, and are dropped. The logits of the context are then the
 // probe's. Policies without lookahead evict by the last tokens decoded.

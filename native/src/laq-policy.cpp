@@ -224,16 +224,13 @@ laq_chunk laq_plan_chunk(const laq_params * params, uint32_t n_cells, uint32_t n
     if (n_left + ahead <= free || (n_left <= free && n_resident <= p.n_kv_budget)) {
         return { std::min(n_left, n_batch), 0, 0 };
     }
-    // small batches share an eviction, or their probes would be most of what is decoded
-    const int64_t most  = std::max<int64_t>(n_batch, LAQ_CHUNK_PROBES * room);
-    const int64_t chunk = std::min<int64_t>({ most, n_left, p.n_chunk ? p.n_chunk : most });
-    const int64_t step  = std::min<int64_t>(chunk, n_batch);
+    const int64_t step = std::min<int64_t>({ n_batch, n_left, p.n_chunk ? p.n_chunk : n_batch });
     if (free - room >= step) {
         return { (uint32_t) step, 0, 0 };
     }
     // keep the cells full: only what the next chunk needs goes
     const int64_t n_over   = std::max<int64_t>(0, (int64_t) n_resident - p.n_kv_budget);
-    const int64_t n_evict  = std::min(chunk + room - free, n_over);
+    const int64_t n_evict  = std::min(step + room - free, n_over);
     const int64_t n_tokens = std::min(step, free + n_evict - room);
 
     int64_t n_probe = 0;

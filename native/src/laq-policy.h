@@ -86,9 +86,6 @@ uint32_t laq_policy_room(const laq_params & params);
 // evictions, but each cuts deeper into what has been read.
 uint32_t laq_policy_chunk(const laq_params & params, uint32_t n_cells);
 
-// Where batches are smaller, an eviction makes room for so many times the cells of a probe.
-constexpr uint32_t LAQ_CHUNK_PROBES = 4;
-
 // cells that no eviction frees: the union of sinks, window, lookahead and pinned spans
 uint32_t laq_policy_n_pinned(const laq_params & params);
 

@@ -204,7 +204,11 @@ static laq_chunk make_room(laq_context & laq, int32_t seq_id, const llama_token 
 }
 
 uint32_t laq_read_next(laq_context & laq, int32_t seq_id, const int32_t * tokens, uint32_t n_tokens) {
-    const laq_phase before = laq.seqs[seq_id].phase;
+    const laq_phase & phase = laq.seqs[seq_id].phase;
+    if (phase.is(laq_phase::WAITING) && laq.n_tokens(seq_id) > phase.n_prompt) {
+        laq_evict_waiting(laq, seq_id);  // the answer was shorter than the lookahead
+    }
+    const laq_phase before = phase;
     laq.seqs[seq_id].read(laq.n_tokens(seq_id), laq.archive_of(seq_id) ? laq_read_how::ATTENDING : laq_read_how::WHOLE);
     try {
         return make_room(laq, seq_id, tokens, n_tokens).n_tokens;

@@ -261,7 +261,6 @@ laq_status laq_select(const laq_params * params, const int32_t * pos, const floa
                   "pooling is not one of enum laq_pooling");
         laq_check(std::is_sorted(pos, pos + n_kv), "pos must be ascending");
         laq_check(std::none_of(scores, scores + n_kv, [](float s) { return std::isnan(s); }), "a score is NaN");
-
         laq_check(std::all_of(pinned, pinned + n_kv, [](uint8_t x) { return x <= 1; }), "pinned is neither 0 nor 1");
 
         const std::vector<uint32_t> kept = laq_select_keys(p, 0, 0, { pos, scores, n_kv, 0 }, pinned);

@@ -47,23 +47,22 @@ def test_a_prompt_that_does_not_fit_by_hand(policy) -> None:
     assert plan(0, 1000, policy=policy, chunk_size=16) == (16, 0, 0)
     # 256 - 136 = 120 free, 120 - 56 = 64: just a batch
     assert plan(136, 1000, policy=policy) == (64, 0, 0)
-    # one less: the chunk of 64 and the room of 56 lack 1 of 119; 119 - 8 = 111 hold the probe
-    assert plan(137, 1000, policy=policy, chunk_size=64) == (64, 1, 48)
+    # one less: the batch of 64 and the room of 56 lack 1 of 119; 119 - 8 = 111 hold the probe
+    assert plan(137, 1000, policy=policy) == (64, 1, 48)
     # free 64: the 57 that are left and 56 of room lack 49; the probe: min(48, 57, 64 - 8)
     assert plan(192, 57, policy=policy) == (57, 49, 48)
     # free 40: the 33 that are left and 56 lack 49; the probe: min(48, 33, 40 - 8)
     assert plan(216, 33, policy=policy) == (33, 49, 32)
     # chunks of 16: 16 + 56 - 64 = 8
     assert plan(192, 1000, policy=policy, chunk_size=16) == (16, 8, 48)
-    # a chunk is never more than a batch, but an eviction is for 4 * 56: all 128 over the budget go
-    assert plan(192, 1000, policy=policy, chunk_size=500) == (64, 128, 48)
-    small = {"policy": policy, "chunk_size": 64}
+    # a chunk is never more than a batch
+    assert plan(192, 1000, policy=policy, chunk_size=500) == (64, 56, 48)
     # a probe looks ahead 8 tokens at most
-    assert plan(192, 1000, lookahead_size=32, **small) == (64, 56, 48)
+    assert plan(192, 1000, policy=policy, lookahead_size=32) == (64, 56, 48)
     # the lookahead from the end of the prompt wants more than a probe of 4 and 8: 64 + 32 - 64
-    assert plan(192, 1000, lookahead_size=32, probe_size=4, **small) == (64, 32, 4)
+    assert plan(192, 1000, policy=policy, lookahead_size=32, probe_size=4) == (64, 32, 4)
     # the room is that of the settings: 24 + 4 = 28, 64 + 28 - 64 = 28
-    assert plan(192, 1000, probe_size=24, lookahead_size=4, **small) == (64, 28, 24)
+    assert plan(192, 1000, policy=policy, probe_size=24, lookahead_size=4) == (64, 28, 24)
 
 
 def test_near_the_budget_by_hand() -> None:
@@ -81,7 +80,7 @@ def test_a_plan_that_fails_by_hand() -> None:
     # 192 cells may go, but with 8 free no probe can say which, with 9 one token can
     assert plan(256, 1000) == (0, 0, 0)
     assert plan(248, 1000) == (0, 0, 0)
-    assert plan(247, 1000) == (64, 183, 1)
+    assert plan(247, 1000) == (64, 111, 1)
     # after the overflow 256 - 64 = 192 cells are free
     assert plan(64, 1000) == (64, 0, 0)
     # the room alone is more than there is
@@ -105,18 +104,6 @@ def test_full_reads_until_the_cells_are_full_by_hand() -> None:
     assert plan(246, 1000, policy="full") == (10, 0, 0)
     assert plan(246, 3, policy="full") == (3, 0, 0)
     assert plan(256, 3, policy="full") == (0, 0, 0)
-
-
-def test_small_batches_share_an_eviction_by_hand() -> None:
-    # 56 cells of a probe: room for 224 tokens, of which a batch takes 8
-    counts = {"n_cells": 768, "n_left": 1000, "n_batch": 8}
-    params = PolicyParams(128)
-    assert plan_chunk(params, n_used=712, n_resident=712, **counts) == ChunkPlan(8, 224, 48)
-    # then no eviction is due
-    assert plan_chunk(params, n_used=496, n_resident=496, **counts) == ChunkPlan(8)
-    # no more than chunk_size wants
-    params = replace(params, chunk_size=32)
-    assert plan_chunk(params, n_used=712, n_resident=712, **counts) == ChunkPlan(8, 32, 48)
 
 
 def test_refusals() -> None:
@@ -189,8 +176,7 @@ def test_plan_properties(situation) -> None:
         assert chunk.n_tokens + room <= free + chunk.n_evict
     if chunk.n_evict:
         assert counts["n_resident"] - chunk.n_evict >= params.budget
-        assert chunk.n_tokens == min(counts["n_batch"], free + chunk.n_evict - room)
-        assert chunk.n_evict + free - room <= max(counts["n_batch"], 4 * room)
+        assert chunk.n_tokens + room == free + chunk.n_evict
         assert (chunk.n_probe > 0) == params.needs_lookahead
     if chunk.n_probe:
         assert chunk.n_probe <= min(params.probe_size, n_left)
