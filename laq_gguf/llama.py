@@ -23,7 +23,6 @@ from .arguments import check_compatible, check_file, check_names  # noqa: E402
 from .chat import RENDERED, system_prefix  # noqa: E402
 from .config import CONFIG_NAMES, LaqConfig, check_staging, parse_bytes, round_cells  # noqa: E402
 from .errors import (  # noqa: E402
-    LaqArgumentError,
     LaqContextFullError,
     LaqInvalidError,
     LaqModelError,
@@ -346,9 +345,10 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         try:
             self._laq.set_pinned(spans)
         except LaqInvalidError as error:
-            raise LaqArgumentError(
+            raise LaqInvalidError(
                 f"the system turn of this chat, which pin_system keeps whole, has {n} tokens: "
-                f"raise kv_budget, or make the Llama with pin_system=False ({error})"
+                f"raise kv_budget, or make the Llama with pin_system=False ({error})",
+                error.status,
             ) from error
 
     def _truncate(self) -> None:
