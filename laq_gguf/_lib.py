@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._version import LLAMA_CPP_PYTHON_VERSION
-from .errors import LaqLibraryError, LaqStateError, native_error
+from .errors import CLOSED, LaqLibraryError, LaqStateError, native_error
 from .stats import KvStats
 
 SEQ_ID = 0  # llama_cpp.Llama has one sequence
@@ -208,7 +208,7 @@ class Attachment:
 
     def _call_any(self, function: str, *args: Any) -> None:
         if self._laq is None:
-            raise LaqStateError("the model is closed: make a new Llama")
+            raise LaqStateError(CLOSED)
         self._native.check(function, getattr(self._native.lib, function)(self._laq, *args))
 
     def prompt_next(self, tokens: npt.NDArray[np.int32]) -> int:

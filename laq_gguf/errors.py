@@ -23,6 +23,9 @@ class LaqContextFullError(LaqArgumentError, RuntimeError):
     """More tokens than n_ctx holds. llama_cpp raises either base, depending on the call."""
 
 
+CLOSED = "the model is closed: make a new Llama"
+
+
 class LaqStateError(LaqError, RuntimeError):
     """The cache does not hold what the call needs: evicted, closed, or of another kind."""
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from .errors import LaqStateError
+from .errors import CLOSED, LaqStateError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -26,4 +26,4 @@ class Closed:
     """What stands in place of the context and the model of a closed `Llama`."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise LaqStateError("the model is closed: make a new Llama")
+        raise LaqStateError(CLOSED)

@@ -54,8 +54,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
 
     progress: Callable[[int, int], None] | None = None
     _laq: Attachment | None = None
-    _n_least: float = 2  # tokens that `eval` takes for a prompt, at least
-    _is_generating = False  # `generate` decodes, and no caller
+    _n_least: float | None = None  # tokens that are a prompt of `generate`; None: a caller's `eval`
     _answer: object | None = None  # the answer that is being generated, which no other call ended
     _looks_up = False  # a completion that has not begun may load a state from the cache
     _n_ctx_logical: int | None = None  # None: as many as there are cells
@@ -294,7 +293,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
         if self._laq is not None:
             self._truncate()
         try:
-            if len(tokens) >= self._n_least:
+            if len(tokens) >= (2 if self._n_least is None else self._n_least):
                 self._read(tokens)
             else:
                 self._decode(tokens)
@@ -362,7 +361,7 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
 
     def _end_answer(self) -> None:
         """The conversation goes on in another way than by the answer that is being generated."""
-        if not self._is_generating:
+        if self._n_least is None:
             self._answer = None
 
     @exclusive
@@ -395,13 +394,13 @@ class Llama(StateMixin, ParkingMixin, SettingsMixin, llama_cpp.Llama):
                         "the model was used for something else while this answer was generated: "
                         "finish or close a stream before the next call"
                     )
-                self._n_least, self._is_generating = n_least, True
+                self._n_least = n_least
                 try:
                     token = generator.send(sent)
                 except StopIteration:
                     return
                 finally:
-                    self._n_least, self._is_generating = Llama._n_least, False
+                    self._n_least = None
             n_least = math.inf  # several tokens are a draft that was sent
             sent = yield token
 

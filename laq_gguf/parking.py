@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._lib import Attachment, load
+from ._lib import load
 from .errors import LaqArgumentError, LaqStateError
 from .guard import exclusive
 
@@ -77,7 +77,7 @@ class ParkingMixin:
             LaqStateError: the model was made without kv_budget, or is closed; the cache is empty;
                 n_tokens was set back to where tokens have been evicted. Nothing was changed.
         """
-        laq = self._open("park()")
+        laq = self._attached("park()")
         if not isinstance(name, str) or not name:
             raise LaqArgumentError(f"the name of a parked chat is a text, not empty; got {name!r}")
         if name in self._parked:
@@ -112,7 +112,7 @@ class ParkingMixin:
             LaqStateError: the model was made without kv_budget, or is closed; another chat is in
                 the cache. Nothing was changed.
         """
-        laq = self._open("resume()")
+        laq = self._attached("resume()")
         parked = self._parked_as(name)
         if self.n_tokens > 0:
             raise LaqStateError(
@@ -136,7 +136,7 @@ class ParkingMixin:
         Raises:
             LaqStateError: the model was made without kv_budget, or is closed.
         """
-        self._open("parked()")
+        self._attached("parked()")
         return {name: parked.chat for name, parked in self._parked.items()}
 
     @exclusive
@@ -147,15 +147,9 @@ class ParkingMixin:
             LaqArgumentError: no chat is parked by that name.
             LaqStateError: the model was made without kv_budget, or is closed.
         """
-        laq = self._open("forget()")
+        laq = self._attached("forget()")
         laq.forget(self._parked_as(name).handle)
         del self._parked[name]
-
-    def _open(self: Any, call: str) -> Attachment:
-        laq: Attachment = self._attached(call)
-        if laq.is_closed:
-            raise LaqStateError("the model is closed: make a new Llama")
-        return laq
 
     def _parked_as(self: Any, name: str) -> _Parked:
         if name not in self._parked:

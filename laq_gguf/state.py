@@ -16,7 +16,7 @@ from . import session
 from ._lib import SEQ_ID, Attachment, load
 from ._version import __version__
 from .config import SCORED_POLICIES
-from .errors import LaqContextFullError, LaqStateError
+from .errors import CLOSED, LaqContextFullError, LaqStateError
 from .guard import exclusive
 from .log import native_errors
 from .stats import KvStats
@@ -34,6 +34,8 @@ class StateMixin:
     def _attached(self: Any, call: str) -> Attachment:
         if self._laq is None:
             raise LaqStateError(f"{call} needs a model made with kv_budget=...")
+        if self._laq.is_closed:
+            raise LaqStateError(CLOSED)
         return self._laq
 
     def kv_stats(self: Any) -> KvStats:
